@@ -1,0 +1,231 @@
+"""The areas of the settings: one frozen model each. Every field says why, its unit, and what None means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, model_validator
+
+from configs.base import Area, Probability, Share
+
+
+class ObjectStoreSettings(Area):
+    """Where models, data and reports are kept: any S3 service."""
+
+    endpoint_url: str | None = Field(default=None, description="Address of the S3 service. None means AWS itself.")
+    region: str = Field(default="us-east-1", description="Region that requests are signed for.")
+    access_key_id: str | None = Field(default=None, description="None lets boto3 find credentials (role, profile).")
+    secret_access_key: SecretStr | None = Field(default=None, description="Belongs to access_key_id.")
+    models_bucket: str = Field(
+        default="khet-guard-models", description="Versions, aliases, leases and release records."
+    )
+    data_bucket: str = Field(default="khet-guard-data", description="Training sets and the inference log.")
+    create_buckets: bool = Field(
+        default=False, description="Make missing buckets. Off in production: they are provisioned."
+    )
+    connect_timeout_s: PositiveFloat = Field(default=3.0, description="Time to open a connection.")
+    read_timeout_s: PositiveFloat = Field(
+        default=20.0, description="Silence on a connection after which a call is retried."
+    )
+    max_attempts: PositiveInt = Field(default=4, description="Tries of one request inside the client.")
+    patience_s: NonNegativeFloat = Field(
+        default=60.0, description="How long a step goes on retrying an unreachable store before it fails."
+    )
+    upload_threads: PositiveInt = Field(default=16, description="Objects in flight when a folder is copied.")
+
+
+class DatabaseSettings(Area):
+    """PostgreSQL: audit log, and later users, scans, feedback, incidents."""
+
+    dsn: SecretStr | None = Field(
+        default=None, description="libpq connection string. None: audit goes to the spool file only."
+    )
+    connect_timeout_s: PositiveInt = Field(default=5, description="Time to connect.")
+
+
+class OrchestratorSettings(Area):
+    """The Prefect server that flows report to."""
+
+    api_url: str | None = Field(
+        default=None, description="Prefect API. None: an ephemeral server in the flow's process."
+    )
+    auth_string: SecretStr | None = Field(
+        default=None, description="user:password of the API. None: the API asks for none."
+    )
+    work_pool: str = Field(default="default", description="Work pool of the deployments.")
+    heartbeat_s: PositiveInt = Field(
+        default=30, description="Heartbeat of flow runs; three missed ones mark a run crashed."
+    )
+    approval_timeout_s: PositiveInt = Field(
+        default=3600, description="An unanswered approval counts as no after this long."
+    )
+
+
+class ServingSettings(Area):
+    """One replica of the model's HTTP service."""
+
+    threads: PositiveInt = Field(default=2, description="Requests decoded and predicted at the same time.")
+    max_waiting: NonNegativeInt = Field(
+        default=64, description="Requests that may wait for a thread; more get 503 + Retry-After."
+    )
+    onnx_threads: PositiveInt = Field(default=1, description="Threads onnxruntime uses for one request.")
+    max_body_bytes: PositiveInt = Field(default=12_000_000, description="Largest request body; more gets 413.")
+    max_pixels: PositiveInt = Field(
+        default=50_000_000, description="Largest width x height; more gets 413 before it is decoded."
+    )
+    min_side_px: PositiveInt = Field(default=16, description="Shorter images get 422.")
+    body_timeout_s: PositiveFloat = Field(default=15.0, description="Time a client has to send its body; then 408.")
+    top_k: PositiveInt = Field(default=3, description="Classes listed in an answer.")
+    drain_s: PositiveFloat = Field(default=10.0, description="After SIGTERM requests in flight may take this long.")
+    log_predictions: bool = Field(default=True, description="Write one Parquet row a prediction to the data bucket.")
+    log_batch_rows: PositiveInt = Field(default=500, description="Rows in one Parquet object at most.")
+    log_flush_s: PositiveFloat = Field(default=5.0, description="Age at which a smaller batch is written anyway.")
+    spool_max_bytes: PositiveInt = Field(
+        default=200_000_000, description="Disk used for batches the store did not take; then the oldest go."
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="Verified model files and the spool. None: below the home folder."
+    )
+
+
+class RegistrySettings(Area):
+    """Who signs and who is trusted."""
+
+    signing_key: Path | None = Field(
+        default=None, description="Ed25519 private key (PEM). None: this process cannot publish."
+    )
+    trusted_keys: tuple[Path, ...] = Field(
+        default=(), description="Ed25519 public keys (PEM) whose signatures are accepted."
+    )
+    keep_archived: PositiveInt = Field(
+        default=5, description="Releases that stay warm for a rollback when tidying local caches."
+    )
+
+
+class ClusterSettings(Area):
+    """Where replicas run, and how patient the flows are with them."""
+
+    backend: Literal["local-node"] = Field(default="local-node", description="Adapter that runs replicas.")
+    node_url: str | None = Field(
+        default=None, description="Control API of the local node. None: no node is configured."
+    )
+    node_token: SecretStr | None = Field(default=None, description="Bearer token of that control API.")
+    gateway_url: str | None = Field(default=None, description="Address that clients send predictions to.")
+    replicas: PositiveInt = Field(default=1, description="Replicas of the stable track.")
+    canary_replicas: PositiveInt = Field(default=1, description="Replicas of the canary track.")
+    ready_timeout_s: PositiveFloat = Field(default=90.0, description="A replica that is not ready by then has failed.")
+    call_timeout_s: PositiveFloat = Field(default=10.0, description="Time for one control call.")
+
+
+class CanarySettings(Area):
+    """How much traffic an unproven version may see, and for how long."""
+
+    shadow_requests: NonNegativeInt = Field(
+        default=200, description="Mirrored pairs compared before any user sees the canary. 0 skips."
+    )
+    steps: tuple[Share, ...] = Field(default=(0.05, 0.25, 0.5), description="Shares of traffic, ascending.")
+    min_samples: PositiveInt = Field(default=40, description="Canary requests a step needs before it is judged.")
+    lease_s: PositiveInt = Field(
+        default=60, description="An unjudged canary loses its traffic after this many seconds without a heartbeat."
+    )
+    deadline_s: PositiveInt = Field(default=600, description="A step that is undecided after this long is rolled back.")
+    poll_s: PositiveFloat = Field(default=0.5, description="Time between two looks at the evidence.")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> CanarySettings:
+        if not self.steps or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError("steps must be ascending, without repeats, and not empty")
+        return self
+
+
+class JudgeSettings(Area):
+    """Limits the canary is held to, against the champion on the same traffic."""
+
+    max_error_rate: Probability = Field(default=0.02, description="Share of 5xx answers above which the canary fails.")
+    error_margin: Probability = Field(default=0.01, description="Error share the canary may have over the champion.")
+    latency_objective_ms: PositiveFloat = Field(default=250.0, description="Answers slower than this are slow.")
+    max_slow_share: Probability = Field(
+        default=0.10, description="Share of slow answers the canary may have over the champion."
+    )
+    accuracy_margin: Probability = Field(default=0.05, description="Accuracy on labelled probes the canary may lose.")
+    max_disagreement: Probability = Field(
+        default=0.35, description="Share of shadow pairs in which the two may differ."
+    )
+    hard_error_requests: PositiveInt = Field(
+        default=20, description="This many requests that all failed end the canary at once."
+    )
+
+
+class GateSettings(Area):
+    """What a challenger must show on the holdout before it meets any traffic."""
+
+    min_accuracy: Probability = Field(default=0.80, description="Floor on holdout accuracy.")
+    min_recall: Probability = Field(default=0.50, description="Floor on every class's recall.")
+    accuracy_margin: Probability = Field(default=0.02, description="Accuracy it may lose against the champion.")
+    missed_disease_margin: Probability = Field(
+        default=0.02, description="Missed-disease rate it may add to the champion's."
+    )
+    max_ece: Probability = Field(default=0.10, description="Calibration error after temperature scaling.")
+    max_latency_ms: PositiveFloat = Field(
+        default=100.0, description="Median inference time of one image on this hardware."
+    )
+    max_model_bytes: PositiveInt = Field(default=500_000_000, description="Size of model.onnx.")
+
+
+class ReplaySettings(Area):
+    """Traffic made from holdout images where users send too little."""
+
+    enabled: bool = Field(default=True, description="Off where real traffic is enough.")
+    rate_per_s: PositiveFloat = Field(default=80.0, description="Requests a second through the gateway.")
+    concurrency: PositiveInt = Field(default=8, description="Requests in flight.")
+    max_images: PositiveInt = Field(default=512, description="Holdout images that are cycled.")
+
+
+class DataSettings(Area):
+    """What an import accepts."""
+
+    min_side_px: PositiveInt = Field(default=32, description="Images with a shorter side are quarantined.")
+    max_pixels: PositiveInt = Field(default=50_000_000, description="Larger images are quarantined before decoding.")
+    max_bad_share: Probability = Field(
+        default=0.10, description="The import fails when more files than this are quarantined."
+    )
+    duplicate_hamming: NonNegativeInt = Field(
+        default=8, description="pHash distance up to which two images are the same scene."
+    )
+    validation_share: Share = Field(
+        default=0.15, description="Share of groups held out for calibration and early stopping."
+    )
+    test_share: Share = Field(default=0.15, description="Share of groups held out for the gate.")
+    split_seed: int = Field(default=0, description="Seed of the split.")
+
+
+class TrackingSettings(Area):
+    """Weights & Biases. A failing tracker never fails a flow."""
+
+    mode: Literal["offline", "online", "disabled"] = Field(default="offline", description="offline needs no network.")
+    project: str = Field(default="khet-guard", description="W&B project.")
+    entity: str | None = Field(default=None, description="W&B team. None: the key's default.")
+    api_key: SecretStr | None = Field(default=None, description="Only used online.")
+
+
+class StackSettings(Area):
+    """The embedded local stack. Ports of 0 are chosen free and remembered."""
+
+    object_store: Literal["embedded", "external"] = Field(
+        default="embedded", description="external: object_store.* says where."
+    )
+    database: Literal["embedded", "external"] = Field(
+        default="embedded", description="external: database.dsn says where."
+    )
+    postgres_bin: Path | None = Field(
+        default=None, description="Folder with initdb and pg_ctl. None: the wheel's, then PATH."
+    )
+    prefect_port: int = Field(default=0, ge=0, le=65535, description="Prefect UI and API.")
+    s3_port: int = Field(default=0, ge=0, le=65535, description="S3 service.")
+    postgres_port: int = Field(default=0, ge=0, le=65535, description="PostgreSQL.")
+    gateway_port: int = Field(default=0, ge=0, le=65535, description="Predictions.")
+    prefect_auth: bool = Field(default=False, description="Ask for a generated password on the Prefect API and UI.")
+    start_timeout_s: PositiveFloat = Field(default=180.0, description="A part that is not healthy by then has failed.")
+    stop_timeout_s: PositiveFloat = Field(default=8.0, description="Parts get this long between SIGTERM and SIGKILL.")
+    worker_poll_s: PositiveFloat = Field(default=2.0, description="How often the worker looks for scheduled runs.")

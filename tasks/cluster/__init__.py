@@ -1,0 +1,132 @@
+"""What the flows can ask of a cluster. One Protocol, one adapter a backend; see `local_node` for the first.
+
+A *track* is a group of replicas that serve one version: `stable` (production), `canary` (the challenger), and later
+`baseline`. Traffic weights say which share of the gateway's requests each track answers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from configs.settings import Settings
+from ml.version import Version
+
+
+class Track(enum.StrEnum):
+    """Names of the tracks."""
+
+    stable = "stable"
+    canary = "canary"
+    baseline = "baseline"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica as the cluster sees it."""
+
+    name: str
+    track: Track
+    version: Version
+    ready: bool
+    pid_or_pod: str
+    address: str
+    started_at: datetime
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """Desired and actual state. `weights` sums to 1 when any track is served; `lease_expires_at`: see `set_weights`."""
+
+    versions: Mapping[Track, Version]
+    replicas: tuple[ReplicaStatus, ...]
+    weights: Mapping[Track, float]
+    mirror: Mapping[Track, float]
+    lease_expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrackCounters:
+    """What the gateway saw of one track since `since` (monotone while `since` stays the same).
+
+    `errors` are 5xx answers and connections that broke; `latency_ms` maps a histogram bucket's upper bound to its
+    cumulative count, as in Prometheus; `shadow_pairs` are mirrored requests whose two answers were compared,
+    `shadow_differ` those whose class differed.
+    """
+
+    version: Version
+    since: datetime
+    requests: int
+    errors: int
+    latency_ms: Mapping[float, int]
+    shadow_pairs: int = 0
+    shadow_differ: int = 0
+    shadow_errors: int = 0
+    shadow_latency_ms: Mapping[float, int] = field(default_factory=dict)
+
+
+class Cluster(Protocol):
+    """The operations a rollout needs. Every call is idempotent, has a timeout, and raises only `KhetError`s:
+    `ExternalError` (no answer in time, retryable), `ConfigError` (asked for something impossible), `SafetyError`."""
+
+    def deploy(self, track: Track, version: Version, replicas: int) -> None:
+        """Make `track` serve `version` with `replicas`, replacing what it served one replica at a time, without a gap."""
+
+    def wait_ready(self, track: Track, timeout_s: float) -> None:
+        """Return when every replica of the desired version is ready and no other is left.
+
+        Raises:
+            ExternalError: not ready in time; the message ends with the last log lines of the replica that failed.
+        """
+
+    def set_weights(
+        self,
+        weights: Mapping[Track, float],
+        *,
+        mirror: Mapping[Track, float] | None = None,
+        lease_s: float | None = None,
+    ) -> None:
+        """Send these shares of traffic; `mirror` copies a share of requests to a track and compares the answers.
+
+        With `lease_s`, all traffic returns to `stable` and mirroring stops unless `renew_lease` is called in time: the
+        cluster itself guards users from an unjudged canary when the flow dies.
+        """
+
+    def renew_lease(self, lease_s: float) -> None:
+        """Extend the lease of the current weights. Raises SafetyError when it has already expired."""
+
+    def scale(self, track: Track, replicas: int) -> None:
+        """Change the number of replicas."""
+
+    def restart(self, track: Track) -> None:
+        """Replace every replica by a new one of the same version, one at a time."""
+
+    def remove(self, track: Track) -> None:
+        """Drain and stop a track that has no weight. Raises SafetyError while it has traffic."""
+
+    def rollback(self, version: Version, replicas: int) -> None:
+        """All traffic to `version` as fast as capacity allows: deploy on stable, wait, weight 1, remove the canary."""
+
+    def status(self) -> ClusterStatus:
+        """Desired and actual state, now."""
+
+    def counters(self) -> Mapping[Track, TrackCounters]:
+        """Per-track counters of the gateway."""
+
+    def logs(self, track: Track, lines: int = 100) -> str:
+        """The last log lines of the track's replicas."""
+
+
+def cluster(settings: Settings) -> Cluster:
+    """The configured adapter.
+
+    Raises:
+        ConfigError: no cluster is configured.
+    """
+    from tasks.cluster.local_node import LocalNode
+
+    return LocalNode.from_settings(settings.cluster)

@@ -1,6 +1,6 @@
 """The error hierarchy of the whole project.
 
-It lives beside the settings, on the ground floor, because `configs` and `ml` raise these too and may not import `tasks`.
+It lives beside the settings because `configs` and `ml` raise these too and may not import `tasks`.
 A message says what happened, what was left unchanged, and what to do next.
 """
 

@@ -1,4 +1,4 @@
-"""What training, export and evaluation hand on: frozen records that are written as JSON beside the files they describe."""
+"""What training, export and evaluation hand on: frozen records, written as JSON beside the files they describe."""
 
 from __future__ import annotations
 

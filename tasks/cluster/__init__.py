@@ -74,7 +74,7 @@ class Cluster(Protocol):
     `ExternalError` (no answer in time, retryable), `ConfigError` (asked for something impossible), `SafetyError`."""
 
     def deploy(self, track: Track, version: Version, replicas: int) -> None:
-        """Make `track` serve `version` with `replicas`, replacing what it served one replica at a time, without a gap."""
+        """Make `track` serve `version` with `replicas`, one replica at a time, without a gap."""
 
     def wait_ready(self, track: Track, timeout_s: float) -> None:
         """Return when every replica of the desired version is ready and no other is left.

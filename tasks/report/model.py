@@ -44,7 +44,7 @@ class GateRow(Record):
 
 
 class VerdictView(Record):
-    """A decision as people read it: `reasons` are sentences, `gates` the rows behind them, `evidence` the raw numbers."""
+    """A decision as people read it: sentences in `reasons`, rows behind them in `gates`, raw numbers in `evidence`."""
 
     decision: str
     reasons: tuple[str, ...] = ()

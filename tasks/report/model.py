@@ -31,12 +31,13 @@ class StageLine(Record):
 
 
 class GateRow(Record):
-    """One gate: `value` must be `bound` `limit`. Either may be None where nothing could be measured."""
+    """One gate: `value` must be `bound` `limit`. `ok` None: too few `samples` to say."""
 
     gate: str
     value: float | None
     limit: float | None
-    ok: bool
+    ok: bool | None
+    samples: NonNegativeInt | None = None
     bound: Bound = "at_least"
     unit: Unit = "score"
     champion: float | None = Field(default=None, description="The champion's value, in the same unit.")
@@ -53,7 +54,7 @@ class VerdictView(Record):
 
 
 class VersionCounters(Record):
-    """What one version did since the current step began. Latencies are None before the first answer.
+    """What one version did since the rollout began. Latencies are None before the first answer.
 
     `errors` are 5xx answers and broken connections, `slow` answers above the latency objective, `probes` answers to
     holdout images whose label is known. `shadow_pairs` are mirrored requests whose two answers were compared and

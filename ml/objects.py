@@ -1,0 +1,556 @@
+"""The object store: any S3 service, spoken to through boto3. It lives in `ml` because replicas load models from it.
+
+Outages are ridden out: every call is repeated, with exponential backoff and jitter, for `patience_s`. So a store that
+restarts in the middle of an upload costs time and nothing else. Every call here is safe to repeat.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import random
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from configs.areas import ObjectStoreSettings
+from configs.errors import ConfigError, ExternalError, IntegrityError, KhetError
+from ml.s3_errors import Kind, classify, client_errors, reason
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called in the caller's thread with (bytes done, bytes in all)."""
+
+_log = logging.getLogger(__name__)
+_MIB = 1 << 20
+_PART_BYTES = 16 * _MIB  # S3 wants parts of at least 5 MiB; 16 keeps 10,000 parts good for 156 GiB
+_MAX_PARTS = 10_000
+_PARTS_IN_MEMORY = 8  # of the whole process, however many files are uploaded at once
+_DELETE_BATCH = 1000  # the protocol's limit of one DeleteObjects
+_BACKOFF_S = (0.2, 5.0)  # first and longest pause between two tries
+_SHA, _NONCE = "khet-sha256", "khet-nonce"
+
+
+class ObjectMissing(ExternalError):  # noqa: N818  (reads as the state it reports)
+    """There is no such object. Asking again does not help."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (ObjectMissing, (str(self),))
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One listed object. `modified_at` is an aware UTC datetime; `etag` is unquoted and opaque."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
+    etag: str
+
+
+class ObjectStore:
+    """A client of one S3 service. Thread-safe. boto3 is imported, and connects, at the first call.
+
+    Every method raises `ConfigError` (credentials, bucket or address are wrong), `ExternalError` (no answer for
+    `patience_s`, or a refusal), and nothing of boto3's.
+    """
+
+    def __init__(
+        self,
+        settings: ObjectStoreSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._made: tuple[int, Any] | None = None
+        self._parts = threading.BoundedSemaphore(_PARTS_IN_MEMORY)
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.place})"
+
+    @property
+    def place(self) -> str:
+        """Where the store is, for people: the endpoint without user and password."""
+        if self._settings.endpoint_url is None:
+            return f"AWS S3 ({self._settings.region})"
+        parts = urlsplit(self._settings.endpoint_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    # Objects ------------------------------------------------------------------------------------------------------
+
+    def put(
+        self, bucket: str, key: str, data: bytes, *, if_absent: bool = False, content_type: str | None = None
+    ) -> bool:
+        """Store `data` under `key`; with `if_absent` only where nothing is (`If-None-Match: *`).
+
+        Returns:
+            False when `if_absent` and someone else's object is there. A nonce in the metadata tells our own write,
+            applied before its answer was lost, from another's.
+        """
+        nonce = uuid.uuid4().hex
+        extra: dict[str, Any] = {"ContentType": content_type or "application/octet-stream"}
+        if if_absent:
+            extra["IfNoneMatch"] = "*"
+        meta = {_SHA: hashlib.sha256(data).hexdigest(), _NONCE: nonce}
+
+        def send(client: Any) -> bool:
+            client.put_object(Bucket=bucket, Key=key, Body=data, ContentMD5=_md5(data), Metadata=meta, **extra)
+            return True
+
+        try:
+            return self._call(f"storing s3://{bucket}/{key}", send, bucket=bucket)
+        except _Exists:
+            return self._holds(bucket, key, nonce)
+
+    def put_file(self, bucket: str, key: str, path: Path) -> None:
+        """Store a file, in parts above 16 MiB; its SHA-256 goes into the object's metadata.
+
+        Raises:
+            ConfigError: the file cannot be read.
+            IntegrityError: the file changed while it was read.
+        """
+        self._put_file(bucket, key, path, lambda _: None)
+
+    def get(self, bucket: str, key: str) -> bytes:
+        """Read a whole object.
+
+        Raises:
+            ObjectMissing: there is none.
+            IntegrityError: its bytes differ from the SHA-256 stored with them.
+        """
+
+        def receive(client: Any) -> tuple[bytes, str | None]:
+            answer = client.get_object(Bucket=bucket, Key=key)
+            with answer["Body"] as body:
+                return body.read(), answer["Metadata"].get(_SHA)
+
+        data, expected = self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
+        _check_sha(bucket, key, hashlib.sha256(data).hexdigest(), expected)
+        return data
+
+    def get_file(self, bucket: str, key: str, path: Path) -> str:
+        """Read an object into `path`: readers see the old file or the whole new one. Returns its SHA-256 (hex).
+
+        Raises:
+            ObjectMissing: there is none.
+            IntegrityError: its bytes differ from the SHA-256 stored with them; `path` is as it was.
+            ExternalError: also when the disk does not take it.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+            os.close(handle)
+            partial = Path(name)
+            try:
+                digest = self._receive_file(bucket, key, partial)
+                partial.replace(path)
+                return digest
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            message = f"{path} cannot be written: {error.strerror or error}. s3://{bucket}/{key} is untouched."
+            raise ExternalError(message, retryable=False) from error
+
+    def exists(self, bucket: str, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self._metadata(bucket, key)
+        except ObjectMissing:
+            return False
+        return True
+
+    def list(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix`, in key order."""
+        for page in self._pages(bucket, prefix, {}):
+            for item in page.get("Contents", ()):
+                modified = item["LastModified"].astimezone(UTC)
+                yield ObjectInfo(item["Key"], int(item["Size"]), modified, item["ETag"].strip('"'))
+
+    def prefixes(self, bucket: str, prefix: str = "") -> Iterator[str]:
+        """The "folders" directly below `prefix`, each ending in a slash."""
+        for page in self._pages(bucket, prefix, {"Delimiter": "/"}):
+            yield from (item["Prefix"] for item in page.get("CommonPrefixes", ()))
+
+    def delete(self, bucket: str, keys: Iterable[str]) -> int:
+        """Delete objects, a thousand a request; one that is missing already counts as deleted. Returns how many."""
+        wanted = list(dict.fromkeys(keys))
+        done = 0
+        for start in range(0, len(wanted), _DELETE_BATCH):
+            done += self._delete_batch(bucket, wanted[start : start + _DELETE_BATCH])
+        return done
+
+    def presigned_get(self, bucket: str, key: str, expires_s: int) -> str:
+        """An address that anyone may read this object from for `expires_s` seconds."""
+        params = {"Bucket": bucket, "Key": key}
+        return str(
+            self._call(
+                f"signing an address of s3://{bucket}/{key}",
+                lambda client: client.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s),
+            )
+        )
+
+    # Buckets and folders ------------------------------------------------------------------------------------------
+
+    def ensure_bucket(self, bucket: str) -> None:
+        """Return when the bucket exists; it is made only where `object_store.create_buckets` allows it.
+
+        Raises:
+            ConfigError: it is missing and may not be made.
+        """
+        try:
+            self._call(f"looking for bucket {bucket}", lambda client: client.head_bucket(Bucket=bucket))
+        except ObjectMissing:
+            self._create_bucket(bucket)
+
+    def upload(self, bucket: str, items: Mapping[str, Path | bytes], on_progress: Progress | None = None) -> None:
+        """Store many objects, `upload_threads` at a time.
+
+        Raises:
+            ExternalError: saying which objects were stored and which were not. Those stored stay; repeat the call.
+        """
+        tally = _Tally(_size(item) for item in items.values())
+        with ThreadPoolExecutor(self._settings.upload_threads, thread_name_prefix="upload") as pool:
+            jobs = {pool.submit(self._put_item, bucket, key, item, tally.add): key for key, item in items.items()}
+            _follow(jobs, tally, on_progress)
+        _raise_first(jobs, f"s3://{bucket}")
+
+    # Inside -------------------------------------------------------------------------------------------------------
+
+    def _put_item(self, bucket: str, key: str, item: Path | bytes, add: Callable[[int], None]) -> None:
+        if isinstance(item, Path):
+            self._put_file(bucket, key, item, add)
+        else:
+            self.put(bucket, key, item, content_type=_content_type(key))
+            add(len(item))
+
+    def _put_file(self, bucket: str, key: str, path: Path, add: Callable[[int], None]) -> None:
+        try:
+            size = path.stat().st_size
+            if size <= _PART_BYTES:
+                data = path.read_bytes()
+                self.put(bucket, key, data, content_type=_content_type(key))
+                add(len(data))
+            else:
+                self._put_parts(bucket, key, path, add)
+        except OSError as error:
+            message = f"{path} cannot be read: {error.strerror or error}. s3://{bucket}/{key} was not written."
+            raise ConfigError(message) from error
+
+    def _put_parts(self, bucket: str, key: str, path: Path, add: Callable[[int], None]) -> None:
+        before = path.stat()
+        digest = file_sha256(path)
+        meta = {_SHA: digest, _NONCE: uuid.uuid4().hex}
+        what = f"storing s3://{bucket}/{key}"
+        upload_id = self._call(
+            what,
+            lambda client: client.create_multipart_upload(
+                Bucket=bucket, Key=key, ContentType=_content_type(key), Metadata=meta
+            )["UploadId"],
+            bucket=bucket,
+        )
+        try:
+            parts = self._send_parts(bucket, key, path, upload_id, add)
+            _unchanged(path, before)
+            self._complete(bucket, key, upload_id, parts, meta[_NONCE])
+        except BaseException:
+            self._abort(bucket, key, upload_id)
+            raise
+
+    def _send_parts(
+        self, bucket: str, key: str, path: Path, upload_id: str, add: Callable[[int], None]
+    ) -> Sequence[dict[str, Any]]:
+        size = path.stat().st_size
+        step = max(_PART_BYTES, -(-size // _MAX_PARTS))
+
+        def send(number: int) -> dict[str, Any]:
+            with self._parts:
+                with path.open("rb") as file:
+                    file.seek((number - 1) * step)
+                    data = file.read(step)
+                answer = self._call(
+                    f"storing part {number} of s3://{bucket}/{key}",
+                    lambda client: client.upload_part(
+                        Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data, ContentMD5=_md5(data)
+                    ),
+                )
+            add(len(data))
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        with ThreadPoolExecutor(min(4, self._settings.upload_threads), thread_name_prefix="part") as pool:
+            jobs = {pool.submit(send, number): f"part {number}" for number in range(1, -(-size // step) + 1)}
+            _follow(jobs, None, None)
+        _raise_first(jobs, f"s3://{bucket}/{key}")
+        return [job.result() for job in jobs]
+
+    def _complete(self, bucket: str, key: str, upload_id: str, parts: Sequence[dict[str, Any]], nonce: str) -> None:
+        try:
+            self._call(
+                f"completing s3://{bucket}/{key}",
+                lambda client: client.complete_multipart_upload(
+                    Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": [*parts]}
+                ),
+            )
+        except ObjectMissing:
+            # An earlier try was applied and only its answer was lost: then the object carries our nonce.
+            if not self._holds(bucket, key, nonce):
+                raise
+
+    def _abort(self, bucket: str, key: str, upload_id: str) -> None:
+        """Best effort: the first failure is the one to report; the service's own rules clean up after us."""
+        try:
+            self.client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+        except client_errors() as error:
+            _log.warning("parts of s3://%s/%s are left behind: %s", bucket, key, reason(error))
+
+    def _receive_file(self, bucket: str, key: str, partial: Path) -> str:
+        def receive(client: Any) -> tuple[str, str | None]:
+            digest = hashlib.sha256()
+            answer = client.get_object(Bucket=bucket, Key=key)
+            with answer["Body"] as body, partial.open("wb") as file:
+                for chunk in body.iter_chunks(_MIB):
+                    digest.update(chunk)
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            return digest.hexdigest(), answer["Metadata"].get(_SHA)
+
+        found, expected = self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
+        _check_sha(bucket, key, found, expected)
+        return found
+
+    def _holds(self, bucket: str, key: str, nonce: str) -> bool:
+        """Whether the object there is the one that we wrote with `nonce`."""
+        try:
+            return self._metadata(bucket, key).get(_NONCE) == nonce
+        except ObjectMissing:
+            return False
+
+    def _metadata(self, bucket: str, key: str) -> dict[str, str]:
+        what = f"looking for s3://{bucket}/{key}"
+        return dict(self._call(what, lambda client: client.head_object(Bucket=bucket, Key=key))["Metadata"])
+
+    def _pages(self, bucket: str, prefix: str, extra: dict[str, str]) -> Iterator[dict[str, Any]]:
+        token: dict[str, str] = {}
+        while True:
+            page = self._call(
+                f"listing s3://{bucket}/{prefix}",
+                lambda client: client.list_objects_v2(Bucket=bucket, Prefix=prefix, **extra, **token),  # noqa: B023
+                bucket=bucket,
+            )
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _delete_batch(self, bucket: str, keys: Sequence[str]) -> int:
+        request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        what = f"deleting {len(keys)} objects of s3://{bucket}"
+        answer = self._call(what, lambda client: client.delete_objects(Bucket=bucket, Delete=request), bucket=bucket)
+        if errors := answer.get("Errors"):
+            first = f"{errors[0].get('Key')}: {errors[0].get('Code')} {errors[0].get('Message', '')}".strip()
+            raise ExternalError(f"{self.place} kept {len(errors)} objects of s3://{bucket} ({first}).", retryable=False)
+        return len(keys)
+
+    def _create_bucket(self, bucket: str) -> None:
+        if not self._settings.create_buckets:
+            raise ConfigError(
+                f"Bucket {bucket} does not exist at {self.place}, and object_store.create_buckets is off. "
+                "Nothing was written.\nNext: create the bucket, or correct object_store.models_bucket and data_bucket."
+            )
+        extra: dict[str, Any] = {}
+        if self._settings.region != "us-east-1":  # the one region that must not be named
+            extra["CreateBucketConfiguration"] = {"LocationConstraint": self._settings.region}
+
+        def create(client: Any) -> None:
+            with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+                client.create_bucket(Bucket=bucket, **extra)
+
+        self._call(f"creating bucket {bucket}", create)
+
+    def client(self) -> Any:
+        """The boto3 client, made once a process (connections do not survive a fork)."""
+        with self._lock:
+            if self._made is None or self._made[0] != os.getpid():
+                self._made = (os.getpid(), _make_client(self._settings))
+            return self._made[1]
+
+    def _call(self, what: str, send: Callable[[Any], T], *, bucket: str | None = None) -> T:
+        """Run `send`, repeating it while the store is unreachable; `bucket` is made when missing, if allowed."""
+        began = self._clock()
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return send(self.client())
+            except client_errors() as error:
+                kind = classify(error)
+                if kind is Kind.bucket_missing and bucket is not None and self._settings.create_buckets and tries == 1:
+                    self._create_bucket(bucket)
+                    continue
+                if kind is not Kind.retry:
+                    raise self._translate(kind, what, error) from error
+                self._pause(what, error, tries, began)
+
+    def _pause(self, what: str, error: Exception, tries: int, began: float) -> None:
+        waited = self._clock() - began
+        left = self._settings.patience_s - waited
+        if left <= 0:
+            raise ExternalError(
+                f"{self.place} did not answer for {waited:.0f} s ({tries} tries) while {what}: {reason(error)}.\n"
+                "What was stored before is complete; this object may or may not have been changed, repeating is safe.\n"
+                "Next: `khet status` shows what runs, `khet up` starts the local stack; then run the same step again."
+            ) from error
+        if tries == 1:
+            _log.warning("%s: %s while %s; trying again for %.0f s", self.place, reason(error), what, left)
+        first, longest = _BACKOFF_S
+        pause = min(longest, first * 2 ** min(tries - 1, 16)) * random.uniform(0.5, 1.0)
+        self._sleep(min(pause, left))
+
+    def _translate(self, kind: Kind, what: str, error: Exception) -> KhetError | _Exists:
+        if kind is Kind.exists:
+            return _Exists()
+        if kind is Kind.key_missing:
+            return ObjectMissing(f"No such object: {what} at {self.place} found nothing. Nothing was changed.")
+        if kind is Kind.bucket_missing:
+            return ConfigError(
+                f"{what} failed: the bucket does not exist at {self.place}. Nothing was changed.\n"
+                "Next: create it, or correct object_store.models_bucket and data_bucket."
+            )
+        if kind is Kind.config:
+            return ConfigError(
+                f"{what} failed at {self.place}: {reason(error)}. Nothing was changed.\n"
+                "Next: correct object_store.* in the settings (`khet up` writes them for the local stack)."
+            )
+        return ExternalError(f"{self.place} refused {what}: {reason(error)}. Nothing was changed.", retryable=False)
+
+
+class _Exists(Exception):  # noqa: N818  (a signal inside this module, never seen outside)
+    """`If-None-Match: *` found an object."""
+
+
+class _Tally:
+    """Bytes done, added up by upload threads and read by the caller's."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.total = sum(sizes)
+        self.done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_client(settings: ObjectStoreSettings) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    secret = settings.secret_access_key
+    config = Config(
+        connect_timeout=settings.connect_timeout_s,
+        read_timeout=settings.read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
+        max_pool_connections=settings.upload_threads + _PARTS_IN_MEMORY,
+        signature_version="s3v4",
+        s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
+        # Older S3 services refuse the newer checksums; Content-MD5 guards the way, our SHA-256 the object.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    session = boto3.session.Session(
+        aws_access_key_id=settings.access_key_id,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        region_name=settings.region,
+    )
+    return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+
+
+def _follow(jobs: Mapping[Future[Any], str], tally: _Tally | None, on_progress: Progress | None) -> None:
+    """Wait for the jobs; after the first failure those not begun are cancelled. Reports in the caller's thread."""
+    pending = set(jobs)
+    try:
+        while pending:
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+            if on_progress is not None and tally is not None:
+                on_progress(tally.done, tally.total)
+            if any(job.exception() is not None for job in done if not job.cancelled()):
+                pending = {job for job in pending if not job.cancel()}
+    finally:  # the caller was interrupted, or its callback failed: begin nothing new
+        for job in pending:
+            job.cancel()
+
+
+def _raise_first(jobs: Mapping[Future[Any], str], place: str) -> None:
+    failed = [job for job in jobs if not job.cancelled() and job.exception() is not None]
+    if not failed:
+        return
+    error = failed[0].exception()
+    if not isinstance(error, ExternalError):
+        raise error if error is not None else AssertionError
+    stored = [name for job, name in jobs.items() if job not in failed and not job.cancelled()]
+    missing = [name for job, name in jobs.items() if job in failed or job.cancelled()]
+    raise ExternalError(
+        f"{error}\nOf {len(jobs)} for {place}, {len(stored)} were stored ({_names(stored)}), "
+        f"{len(missing)} were not ({_names(missing)}).",
+        retryable=error.retryable,
+    ) from error
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
+
+
+def _unchanged(path: Path, before: os.stat_result) -> None:
+    after = path.stat()
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise IntegrityError(f"{path} changed while it was uploaded. The object was not written; upload it again.")
+
+
+def _check_sha(bucket: str, key: str, found: str, expected: str | None) -> None:
+    if expected is not None and found != expected:
+        raise IntegrityError(
+            f"s3://{bucket}/{key} does not match the SHA-256 stored with it ({found[:12]}… expected {expected[:12]}…)."
+            " What was read was thrown away."
+        )
+
+
+def _size(item: Path | bytes) -> int:
+    try:
+        return item.stat().st_size if isinstance(item, Path) else len(item)
+    except OSError as error:
+        raise ConfigError(f"{item!s} cannot be read: {error.strerror or error}. Nothing was written.") from error
+
+
+def _md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode("ascii")
+
+
+_TYPES = {".json": "application/json", ".md": "text/markdown", ".html": "text/html", ".png": "image/png"}
+
+
+def _content_type(key: str) -> str:
+    return _TYPES.get(Path(key).suffix, "application/octet-stream")

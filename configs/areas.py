@@ -116,6 +116,16 @@ class ClusterSettings(Area):
     canary_replicas: PositiveInt = Field(default=1, description="Replicas of the canary track.")
     ready_timeout_s: PositiveFloat = Field(default=90.0, description="A replica that is not ready by then has failed.")
     call_timeout_s: PositiveFloat = Field(default=10.0, description="Time for one control call.")
+    replica_command: tuple[str, ...] = Field(
+        default=(), description="Program that the local node starts as a replica. Empty: this Python's `-m ml.serve`."
+    )
+    health_interval_s: PositiveFloat = Field(default=0.5, description="Time between two looks at a replica's /readyz.")
+    request_timeout_s: PositiveFloat = Field(
+        default=10.0, description="Time one replica has to answer; then the gateway asks another."
+    )
+    max_in_flight: PositiveInt = Field(
+        default=256, description="Requests the gateway works on at a time; more get 503 + Retry-After."
+    )
 
 
 class CanarySettings(Area):

@@ -73,13 +73,19 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where the rollout stands: `weight` 0 is the shadow stage; `needed` canary samples decide it."""
+    """Where the rollout stands: `weight` 0 is the shadow stage.
+
+    `needed` canary samples decide it, on top of those `seen_before` it began. `floor` is the accuracy asked of a
+    version that has no champion to be compared with.
+    """
 
     weight: float
     needed: int
     last: bool
     elapsed_s: float
     deadline_s: float
+    seen_before: int = 0
+    floor: float | None = None
 
 
 def judge(canary: Evidence, champion: Evidence, stage: Stage, limits: JudgeSettings, *, comparable: bool) -> Verdict:
@@ -90,9 +96,9 @@ def judge(canary: Evidence, champion: Evidence, stage: Stage, limits: JudgeSetti
     readings = (
         _shadow_gates(canary, limits, comparable)
         if stage.weight == 0
-        else _traffic_gates(canary, champion, limits, comparable)
+        else _traffic_gates(canary, champion, stage, limits, comparable)
     )
-    seen = canary.shadow_requests if stage.weight == 0 else canary.requests
+    seen = (canary.shadow_requests if stage.weight == 0 else canary.requests) - stage.seen_before
     broken = [reading.sentence for reading in readings if reading.ok is False]
     if broken:
         return _verdict(Decision.rollback, broken, readings, canary, champion)
@@ -142,7 +148,7 @@ def _shadow_gates(canary: Evidence, limits: JudgeSettings, comparable: bool) -> 
 
 
 def _traffic_gates(
-    canary: Evidence, champion: Evidence, limits: JudgeSettings, comparable: bool
+    canary: Evidence, champion: Evidence, stage: Stage, limits: JudgeSettings, comparable: bool
 ) -> tuple[GateReading, ...]:
     allowed_errors = max(limits.max_error_rate, _share(champion.errors, champion.requests) + limits.error_margin)
     allowed_slow = min(1.0, _share(champion.slow, champion.requests) + limits.max_slow_share)
@@ -150,7 +156,9 @@ def _traffic_gates(
         _errors(canary.errors, canary.requests, min(1.0, allowed_errors), limits, "requests"),
         _slow(canary.slow, canary.requests, allowed_slow, limits, "requests"),
     ]
-    if comparable:
+    if stage.floor is not None:
+        gates.append(_accuracy_floor(canary, stage.floor))
+    elif comparable:
         gates.append(_accuracy(canary, champion, limits))
     return tuple(gates)
 
@@ -192,6 +200,17 @@ def _accuracy(canary: Evidence, champion: Evidence, limits: JudgeSettings) -> Ga
         f"on {champion_wrong:.1%}; {limit:.1%} is the limit"
     )
     return GateReading("accuracy", _share(wrong, canary.probes), limit, canary.probes, ok, sentence)
+
+
+def _accuracy_floor(canary: Evidence, floor: float) -> GateReading:
+    """Wrong answers on labelled probes, where no champion sets the measure."""
+    wrong = canary.probes - canary.probes_correct
+    sentence = (
+        f"the new version was wrong on {_percent(wrong, canary.probes)} of {canary.probes:,} labelled probes; "
+        f"{1 - floor:.1%} is the limit"
+    )
+    ok = _within(wrong, canary.probes, 1 - floor)
+    return GateReading("accuracy", _share(wrong, canary.probes), 1 - floor, canary.probes, ok, sentence)
 
 
 def _within(bad: int, total: int, limit: float) -> bool | None:

@@ -1,0 +1,98 @@
+"""Prefect tasks of the rollout: thin around the procedure, each with its picture in the UI."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from configs.areas import GateSettings
+from ml.results import Evaluation, ExportResult
+from tasks.prefect_support import RETRY_DELAYS, retry_external, show_table
+from tasks.progress import report
+from tasks.rollout import gate as gates
+from tasks.rollout.policy import GateReading, Verdict
+from tasks.rollout.procedure import Aliases, Rollout, Tallies, step_label
+
+
+@task(name="gate", cache_policy=NO_CACHE, persist_result=True, timeout_seconds=120)
+def gate(
+    release_id: str,
+    challenger: Evaluation,
+    exported: ExportResult,
+    champion: Evaluation | None,
+    limits: GateSettings,
+) -> Verdict:
+    """Hold the challenger against the floors and the champion."""
+    verdict = gates.gate(challenger, exported, champion, limits)
+    show_table(f"gate-{release_id}", table(verdict.readings), "Champion's gate")
+    _say(verdict)
+    return verdict
+
+
+@task(
+    name="deploy-canary",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_external,
+    timeout_seconds=1800,
+)
+def deploy_canary(rollout: Rollout) -> None:
+    """Start the canary, no traffic yet."""
+    report("canary", "running", f"starting {rollout.plan.version}")
+    rollout.deploy_canary()
+
+
+@task(name="canary-step", task_run_name="canary-{weight:.0%}", cache_policy=NO_CACHE, timeout_seconds=24 * 3600)
+def canary_step(rollout: Rollout, weight: float, tallies: Tallies) -> Verdict:
+    """One share of the traffic (0: mirrored only), judged."""
+    report("canary", "running", f"{step_label(weight)}: judging")
+    verdict = rollout.run_step(weight, tallies)
+    _say(verdict)
+    return verdict
+
+
+@task(name="first-deploy", cache_policy=NO_CACHE, timeout_seconds=3600)
+def first_deploy(rollout: Rollout, tallies: Tallies, floor: float) -> Verdict:
+    """Serve the first version there is, judged on labelled probes."""
+    report("canary", "running", f"first version {rollout.plan.version}: smoke test")
+    verdict = rollout.first_deploy(tallies, floor)
+    _say(verdict)
+    return verdict
+
+
+@task(name="promote", cache_policy=NO_CACHE, timeout_seconds=3600)
+def promote(rollout: Rollout, aliases: Aliases, by: str, reason: str) -> None:
+    """All traffic to the new version, then the alias."""
+    report("promote", "running", f"replacing the stable replicas by {rollout.plan.version}")
+    rollout.promote(aliases, by=by, reason=reason)
+
+
+@task(
+    name="undo-canary",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_external,
+    timeout_seconds=600,
+)
+def undo_canary(rollout: Rollout) -> None:
+    """All traffic back to the champion; the canary goes."""
+    report("rollback", "running", "returning all traffic to the champion")
+    if rollout.plan.champion is None:
+        rollout.remove_first()
+    else:
+        rollout.undo()
+
+
+def table(readings: tuple[GateReading, ...]) -> list[dict[str, object]]:
+    """Gate readings as rows for people."""
+    words = {True: "ok", False: "broken", None: "too few samples"}
+    return [
+        {"gate": r.name, "value": round(r.value, 4), "limit": round(r.limit, 4), "samples": r.samples, "": words[r.ok]}
+        for r in readings
+    ]
+
+
+def _say(verdict: Verdict) -> None:
+    get_run_logger().info("%s: %s", verdict.decision.value, "; ".join(verdict.reasons))

@@ -1,0 +1,164 @@
+"""Prefect tasks around the model's own commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+
+from configs.training import TrainingConfig
+from ml.results import Epoch, Evaluation, ExportResult, TrainResult
+from tasks.prefect_support import (
+    RETRY_DELAYS,
+    ProgressArtifact,
+    by_release,
+    retry_external,
+    show_markdown,
+    show_picture,
+)
+from tasks.progress import report
+from tasks.training.child import run_child
+
+HOURS = 3600.0
+
+
+@task(
+    name="train",
+    task_run_name="train-{release_id}",
+    persist_result=True,
+    cache_key_fn=by_release,
+    retries=2,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_external,
+    timeout_seconds=48 * HOURS,
+)
+def train(release_id: str, config: TrainingConfig, dataset_root: Path, folder: Path) -> TrainResult:
+    """Train in a process of its own; a killed one goes on from its last epoch.
+
+    Raises:
+        KhetError: as `run_child`; production is unchanged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder / "requested.json"  # JSON is YAML too
+    config_file.write_text(config.model_dump_json(indent=1), encoding="utf-8")
+    watcher = _Watcher(release_id)
+    run_child(
+        ["ml.train", "--config", str(config_file), "--data", str(dataset_root), "--out", str(folder)],
+        folder / "train.log",
+        progress=folder / "progress.jsonl",
+        on_line=watcher.see,
+    )
+    result = TrainResult.read(folder / "train.json")
+    watcher.finish(folder / "curves.png")
+    return result
+
+
+class _Watcher:
+    """Turns the trainer's progress lines into one progress artifact, curves, log lines and terminal progress."""
+
+    def __init__(self, release_id: str) -> None:
+        self._key = f"training-{release_id}"
+        self._bar = ProgressArtifact(self._key, f"Training of release {release_id}")
+        self._logger = get_run_logger()
+
+    def see(self, line: dict[str, Any]) -> None:
+        """Take one line of progress.jsonl: an epoch, or a tick within one."""
+        if "val_accuracy" in line:
+            epoch = Epoch.model_validate({name: line[name] for name in Epoch.model_fields})
+            self._logger.info(
+                "epoch %d: val accuracy %.4f, val loss %.4f, %.0f images/s",
+                epoch.epoch,
+                epoch.val_accuracy,
+                epoch.val_loss,
+                epoch.images_per_s,
+            )
+            report("train", "running", f"epoch {epoch.epoch}: {epoch.val_accuracy:.1%} on validation")
+        elif "fraction" in line:
+            self._bar.update(line["fraction"])
+            report("train", "running", f"{line.get('images_per_s', 0):.0f} images/s", line["fraction"])
+
+    def finish(self, curves: Path) -> None:
+        """Show the whole curve."""
+        self._bar.update(1.0)
+        show_picture(f"{self._key}-curves", curves.read_bytes(), "Loss and accuracy over time")
+
+
+@task(
+    name="export",
+    task_run_name="export-{release_id}",
+    persist_result=True,
+    cache_key_fn=by_release,
+    retries=1,
+    retry_condition_fn=retry_external,
+    timeout_seconds=1 * HOURS,
+)
+def export(release_id: str, trained: TrainResult, dataset_root: Path, folder: Path) -> ExportResult:  # noqa: ARG001
+    """Write and check model.onnx in a process of its own.
+
+    Raises:
+        GateError: parity, checker or int8 budget failed; the release stops here.
+    """
+    arguments = ["--checkpoint", str(trained.checkpoint), "--output_dir", str(folder), "--data", str(dataset_root)]
+    report("export", "running", "tracing, checking parity, measuring latency")
+    run_child(["ml.export", *arguments], folder / "export.log", on_line=lambda _: None)
+    return ExportResult.read(folder / "export.json")
+
+
+@task(
+    name="evaluate",
+    task_run_name="evaluate-{release_id}",
+    persist_result=True,
+    cache_key_fn=by_release,
+    retries=1,
+    retry_condition_fn=retry_external,
+    timeout_seconds=1 * HOURS,
+)
+def evaluate(release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
+    """Score the exported file on the holdout, with pictures."""
+    return _evaluate("evaluate", release_id, onnx, dataset_root, folder)
+
+
+@task(
+    name="evaluate-champion",
+    task_run_name="evaluate-champion-{release_id}",
+    persist_result=True,
+    cache_key_fn=by_release,
+    retries=1,
+    retry_condition_fn=retry_external,
+    timeout_seconds=1 * HOURS,
+)
+def evaluate_champion(release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
+    """Score the champion on the same holdout."""
+    return _evaluate("evaluate champion", release_id, onnx, dataset_root, folder)
+
+
+def _evaluate(stage: str, release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
+    folder.mkdir(parents=True, exist_ok=True)
+    report(stage, "running", "scoring the holdout")
+    arguments = ["--onnx", str(onnx), "--data", str(dataset_root), "--out", str(folder)]
+    run_child(["ml.evaluate", *arguments], folder / "evaluate.log", on_line=lambda _: None)
+    evaluation = Evaluation.read(folder / "evaluation.json")
+    key = f"{stage.replace(' ', '-')}-{release_id}"
+    show_markdown(key, _card(evaluation), f"Holdout scores ({stage})")
+    return evaluation
+
+
+def _card(evaluation: Evaluation) -> str:
+    missed = evaluation.missed_disease_rate
+    lines = [
+        f"**{evaluation.accuracy:.1%}** accuracy on {evaluation.images} holdout images "
+        f"({evaluation.accuracy_low:.1%} to {evaluation.accuracy_high:.1%})",
+        "",
+        f"- macro F1 {evaluation.macro_f1:.3f}",
+        f"- missed diseases {missed:.1%}" if missed is not None else "- no healthy class, so no missed-disease rate",
+        f"- calibration error {evaluation.ece_before:.3f} before, {evaluation.ece_after:.3f} after temperature scaling",
+        "",
+        "| class | images | recall | 95 % interval |",
+        "|---|---|---|---|",
+        *[
+            f"| {c.name} | {c.support} | {c.recall:.1%} | {c.recall_low:.1%} to {c.recall_high:.1%} |"
+            for c in evaluation.classes
+        ],
+    ]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Processes that outlive the one that started them: start, recognise, signal and end them without hitting a stranger."""
+"""Processes that outlive the one that started them: start, recognise and signal them, and never a stranger."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Real servers for tests, below a folder of the test's own.
 
-`start_object_store(tmp_path)` and `start_postgres(tmp_path)` start one part and return its settings; `stop_parts(tmp_path)`
-ends what was started there, and so does the end of the test process. `stop_parts` keeps the data: a second start with
-the same folder finds it again on the same port.
+`start_object_store(tmp_path)` and `start_postgres(tmp_path)` start one part and return its settings;
+`stop_parts(tmp_path)` ends what was started there, and so does the end of the test process. `stop_parts` keeps the
+data: a second start with the same folder finds it again on the same port.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.areas import ObjectStoreSettings
+from pydantic import SecretStr
+
+from configs.areas import DatabaseSettings, ObjectStoreSettings
 from configs.errors import ExternalError
 from configs.settings import Settings
 from deployments.local.parts import Part
+from deployments.local.postgres import Postgres
 from deployments.local.process import spawn
 from deployments.local.seaweedfs import ObjectStore
 from deployments.local.site import Site
@@ -31,6 +34,13 @@ def start_object_store(tmp: Path, **overrides: object) -> ObjectStoreSettings:
     part = ObjectStore(_site(tmp))
     start(tmp, part)
     return part.connection().model_copy(update=overrides)
+
+
+def start_postgres(tmp: Path) -> DatabaseSettings:
+    """Start PostgreSQL below `tmp` with the database `khetguard`, return how to reach it. About two seconds."""
+    site = _site(tmp)
+    start(tmp, Postgres(site))
+    return DatabaseSettings(dsn=SecretStr(site.dsn()))
 
 
 def start(tmp: Path, part: Part, timeout_s: float = 40.0) -> subprocess.Popen[bytes]:
@@ -77,6 +87,15 @@ def object_store(tmp: Path) -> Iterator[ObjectStoreSettings]:
     """A SeaweedFS for the length of a `with` block."""
     try:
         yield start_object_store(tmp)
+    finally:
+        stop_parts(tmp)
+
+
+@contextlib.contextmanager
+def postgres(tmp: Path) -> Iterator[DatabaseSettings]:
+    """A PostgreSQL for the length of a `with` block."""
+    try:
+        yield start_postgres(tmp)
     finally:
         stop_parts(tmp)
 

@@ -139,7 +139,7 @@ class ObjectStore:
 
         def receive(client: Any) -> tuple[bytes, str | None]:
             answer = client.get_object(Bucket=bucket, Key=key)
-            with answer["Body"] as body:
+            with contextlib.closing(answer["Body"]) as body:
                 return body.read(), answer["Metadata"].get(_SHA)
 
         data, expected = self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
@@ -168,6 +168,22 @@ class ObjectStore:
         except OSError as error:
             message = f"{path} cannot be written: {error.strerror or error}. s3://{bucket}/{key} is untouched."
             raise ExternalError(message, retryable=False) from error
+
+    def digest(self, bucket: str, key: str) -> tuple[str, int]:
+        """SHA-256 (hex) and size of what is really stored, read as a stream; the stored SHA-256 plays no part.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        found, size, _ = self._stream(bucket, key, lambda _: None)
+        return found, size
+
+    def recorded_sha256(self, bucket: str, key: str) -> str | None:
+        """The SHA-256 (hex) that was stored with an object; None when there is no such object, or it has none."""
+        try:
+            return self._metadata(bucket, key).get(_SHA)
+        except ObjectMissing:
+            return None
 
     def exists(self, bucket: str, key: str) -> bool:
         """Whether there is such an object."""
@@ -321,20 +337,35 @@ class ObjectStore:
             _log.warning("parts of s3://%s/%s are left behind: %s", bucket, key, reason(error))
 
     def _receive_file(self, bucket: str, key: str, partial: Path) -> str:
-        def receive(client: Any) -> tuple[str, str | None]:
-            digest = hashlib.sha256()
-            answer = client.get_object(Bucket=bucket, Key=key)
-            with answer["Body"] as body, partial.open("wb") as file:
-                for chunk in body.iter_chunks(_MIB):
-                    digest.update(chunk)
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            return digest.hexdigest(), answer["Metadata"].get(_SHA)
+        with partial.open("wb") as file:
 
-        found, expected = self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
+            def begin() -> None:
+                file.seek(0)
+                file.truncate()
+
+            found, _, expected = self._stream(bucket, key, file.write, begin)
+            file.flush()
+            os.fsync(file.fileno())
         _check_sha(bucket, key, found, expected)
         return found
+
+    def _stream(
+        self, bucket: str, key: str, take: Callable[[bytes], object], begin: Callable[[], None] = lambda: None
+    ) -> tuple[str, int, str | None]:
+        """Feed the object to `take` in chunks; `begin` is called before every try. (SHA-256, size, recorded SHA-256)"""
+
+        def receive(client: Any) -> tuple[str, int, str | None]:
+            begin()
+            digest, size = hashlib.sha256(), 0
+            answer = client.get_object(Bucket=bucket, Key=key)
+            with contextlib.closing(answer["Body"]) as body:
+                for chunk in body.iter_chunks(_MIB):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    take(chunk)
+            return digest.hexdigest(), size, answer["Metadata"].get(_SHA)
+
+        return self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
 
     def _holds(self, bucket: str, key: str, nonce: str) -> bool:
         """Whether the object there is the one that we wrote with `nonce`."""

@@ -70,7 +70,8 @@ def classify(error: Exception) -> Kind:
         return _classify_answer(error.response)
     if isinstance(error, boto.SSLError):
         return Kind.config
-    if isinstance(error, (boto.HTTPClientError, boto.IncompleteReadError, boto.ChecksumError, HTTPError)):
+    broken = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.ChecksumError, HTTPError)
+    if isinstance(error, broken):
         return Kind.retry
     if isinstance(error, (boto.BotoCoreError, ValueError)):
         return Kind.config

@@ -1,0 +1,19 @@
+"""What tests of the object store share: names that no other test uses, and settings with little patience."""
+
+from __future__ import annotations
+
+import uuid
+
+from configs.areas import ObjectStoreSettings
+from ml.objects import ObjectStore
+
+
+def unique(stem: str) -> str:
+    """A key prefix or bucket name of the test's own."""
+    return f"{stem}-{uuid.uuid4().hex[:12]}"
+
+
+def impatient(settings: ObjectStoreSettings, **overrides: object) -> ObjectStore:
+    """A client that gives up quickly."""
+    quick = {"patience_s": 0.5, "max_attempts": 1, "connect_timeout_s": 0.5, "read_timeout_s": 1.0}
+    return ObjectStore(settings.model_copy(update=quick | overrides))

@@ -17,11 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError, KhetError
 from configs.settings import Settings, settings
 from ml.version import Version
+
+if TYPE_CHECKING:
+    from ml.serving.server import Load
+    from ml.serving.service import LoadedModel, PredictionSink, Service
 
 logger = logging.getLogger("ml.serve")
 Wrap = Callable[[Any], Any]
@@ -52,18 +56,21 @@ def _serve(arguments: argparse.Namespace, config: Settings, wrap: Wrap | None) -
     service = Service(Identity(version, replica), config.serving)
     app = build_app(service)
     logger.info("%s listens on %s; loading %s.", replica, address, version)
-    Server(wrap(app) if wrap else app, service, _loader(arguments, config, version)).serve_on(listener)
+    Server(wrap(app) if wrap else app, service, _loader(arguments, config, service)).serve_on(listener)
     service.close(timeout_s=1.0)
 
 
-def _loader(arguments: argparse.Namespace, config: Settings, version: str) -> Callable[[], Any]:
-    from ml.serving.loading import load_folder, load_version
+def _loader(arguments: argparse.Namespace, config: Settings, service: Service) -> Load:
+    from ml.serving.loading import load_folder, load_version, open_log
     from ml.serving.service import NoSink
 
-    def load() -> Any:
-        if arguments.model is not None:
-            return load_folder(arguments.model, config.serving), NoSink()
-        return load_version(config, Version.parse(version)), NoSink()
+    def load() -> tuple[LoadedModel, PredictionSink]:
+        if arguments.model is None:
+            model = load_version(config, Version.parse(service.identity.version))
+        else:
+            model = load_folder(arguments.model, config.serving)
+        logged = arguments.model is None or arguments.log_predictions
+        return model, open_log(config, service.identity, model, service.metrics) if logged else NoSink()
 
     return load
 
@@ -90,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--name", help="this replica's name in logs and files (default: host name and port)")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="serve this exported folder, without the registry")
+    parser.add_argument("--log-predictions", action="store_true", help="with --model: write the prediction log as well")
     return parser
 
 

@@ -12,10 +12,15 @@ from configs.errors import ConfigError
 from configs.settings import Settings, home
 from ml.predictor import Predictor
 from ml.serving.inference import Inference
-from ml.serving.service import LoadedModel
+from ml.serving.metrics import Metrics
+from ml.serving.rows import Origin
+from ml.serving.service import Identity, LoadedModel, NoSink, PredictionSink
+from ml.serving.spool import Spool
 from ml.version import Version
 
 logger = logging.getLogger(__name__)
+# One try that fails soon: the log has a patience of its own, and SIGTERM must not wait for a store that hangs.
+_LOG_STORE = {"patience_s": 0.0, "max_attempts": 1}
 
 
 def cache_dir(settings: Settings) -> Path:
@@ -53,6 +58,21 @@ def load_folder(folder: Path, limits: ServingSettings) -> LoadedModel:
     if not onnx.is_file():
         raise ConfigError(f"{onnx}: no such file. Nothing is served. Next: name the folder that ml.export wrote.")
     return _warmed_up(onnx, limits, None, {})
+
+
+def open_log(settings: Settings, identity: Identity, model: LoadedModel, metrics: Metrics) -> PredictionSink:
+    """The prediction log in the data bucket, or nothing where it is switched off. Needs no store to start."""
+    serving = settings.serving
+    if not serving.log_predictions:
+        return NoSink()
+    from ml.objects import ObjectStore
+    from ml.serving.prediction_log import LogSettings, PredictionLog
+
+    store = ObjectStore(settings.object_store.model_copy(update=_LOG_STORE))
+    spool = Spool(cache_dir(settings) / "spool", serving.spool_max_bytes)
+    origin = Origin(identity.version, identity.replica, model.metadata.classes)
+    cut = LogSettings(settings.object_store.data_bucket, serving.log_batch_rows, serving.log_flush_s)
+    return PredictionLog(cut, origin, store.put, spool, metrics)
 
 
 def _warmed_up(

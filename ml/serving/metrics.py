@@ -46,7 +46,7 @@ class Metrics:
         )
         self._log_rows = Counter(
             "prediction_log_rows_total",
-            "Rows of the prediction log: delivered to the object store, or dropped.",
+            "Rows of the prediction log: written to the object store, or dropped.",
             ["result", "version"],
             registry=registry,
         )
@@ -59,7 +59,7 @@ class Metrics:
         self._ready = Gauge("model_ready", "1 while this replica takes traffic.", ["version"], registry=registry)
         self._finished: dict[tuple[int, str], tuple[Counter, Histogram]] = {}
         self._by_class: list[Counter] = []
-        for result in ("delivered", "dropped"):
+        for result in ("written", "dropped"):
             self._log_rows.labels(result, version)
 
     def watch(self, name: str, help_text: str, value: Callable[[], float]) -> None:
@@ -93,11 +93,11 @@ class Metrics:
             self._ood.inc()
 
     def log_rows(self, result: str, rows: int) -> None:
-        """Rows of the prediction log that were `delivered` or `dropped`."""
+        """Rows of the prediction log that were `written` or `dropped`."""
         self._log_rows.labels(result, self._version).inc(rows)
 
     def log_problem(self, kind: str) -> None:
-        """A failure of the log: `store`, `spool`."""
+        """A failure of the log: `store`, `spool`, `spool_full`, `encode`."""
         self._log_problems.labels(kind, self._version).inc()
 
     def render(self) -> bytes:

@@ -31,17 +31,29 @@ class Photo:
 
 
 class PredictionSink(Protocol):
-    """Where answers are written down. May not block, may not raise."""
+    """Where answers are written down."""
+
+    def start(self) -> None:
+        """Begin; called once the model is loaded."""
 
     def record(self, photo: Photo, prediction: Prediction, latency_s: float) -> None:
-        """Remember one answer."""
+        """Remember one answer, without blocking."""
+
+    def close(self) -> None:
+        """Write what is left, within seconds."""
 
 
 class NoSink:
     """Nothing is written down."""
 
+    def start(self) -> None:
+        """Nothing to start."""
+
     def record(self, photo: Photo, prediction: Prediction, latency_s: float) -> None:
         """Forget it."""
+
+    def close(self) -> None:
+        """Nothing to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,7 @@ class Service:
         self.metrics.model_loaded(model.metadata.classes, model.accuracy)
         self.model = model
         self._workers.start()
+        sink.start()
         self.metrics.set_ready(True)
 
     def drain(self) -> None:
@@ -109,8 +122,10 @@ class Service:
         self.metrics.set_ready(False)
 
     def close(self, timeout_s: float) -> None:
-        """End the worker threads."""
-        self._workers.stop(timeout_s)
+        """End the worker threads, then the log of what they answered."""
+        if self.model is not None:
+            self._workers.stop(timeout_s)
+            self._sink.close()
 
     async def predict(self, photo: Photo) -> bytes:
         """The JSON answer.

@@ -11,45 +11,31 @@ import contextlib
 import hashlib
 import logging
 import os
-import random
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from configs.areas import ObjectStoreSettings
-from configs.errors import ConfigError, ExternalError, IntegrityError, KhetError
-from ml.s3_errors import Kind, classify, client_errors, reason
+from configs.errors import ConfigError, ExternalError, IntegrityError
+from ml.s3_client import PARTS_IN_MEMORY, ObjectExists, ObjectMissing, PatientClient
+from ml.s3_errors import client_errors, reason
+from ml.uploads import Progress, Tally, follow, raise_first, size_of
 
-T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called in the caller's thread with (bytes done, bytes in all)."""
+__all__ = ["ObjectInfo", "ObjectMissing", "ObjectStore", "Progress", "file_sha256"]
 
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
 _PART_BYTES = 16 * _MIB  # S3 wants parts of at least 5 MiB; 16 keeps 10,000 parts good for 156 GiB
 _MAX_PARTS = 10_000
-_PARTS_IN_MEMORY = 8  # of the whole process, however many files are uploaded at once
 _DELETE_BATCH = 1000  # the protocol's limit of one DeleteObjects
-_BACKOFF_S = (0.2, 5.0)  # first and longest pause between two tries
 _SHA, _NONCE = "khet-sha256", "khet-nonce"
-
-
-class ObjectMissing(ExternalError):  # noqa: N818  (reads as the state it reports)
-    """There is no such object. Asking again does not help."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retryable=False)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (ObjectMissing, (str(self),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +62,9 @@ class ObjectStore:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._settings = settings
-        self._clock = clock
-        self._sleep = sleep
-        self._lock = threading.Lock()
-        self._made: tuple[int, Any] | None = None
-        self._parts = threading.BoundedSemaphore(_PARTS_IN_MEMORY)
+        self._s3 = PatientClient(settings, clock=clock, sleep=sleep)
+        self._threads = settings.upload_threads
+        self._parts = threading.BoundedSemaphore(PARTS_IN_MEMORY)
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.place})"
@@ -89,10 +72,11 @@ class ObjectStore:
     @property
     def place(self) -> str:
         """Where the store is, for people: the endpoint without user and password."""
-        if self._settings.endpoint_url is None:
-            return f"AWS S3 ({self._settings.region})"
-        parts = urlsplit(self._settings.endpoint_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return self._s3.place
+
+    def client(self) -> Any:
+        """The boto3 client below, for what this class does not offer; its errors are then the caller's to translate."""
+        return self._s3.raw()
 
     # Objects ------------------------------------------------------------------------------------------------------
 
@@ -116,8 +100,8 @@ class ObjectStore:
             return True
 
         try:
-            return self._call(f"storing s3://{bucket}/{key}", send, bucket=bucket)
-        except _Exists:
+            return self._s3.call(f"storing s3://{bucket}/{key}", send, bucket=bucket)
+        except ObjectExists:
             return self._holds(bucket, key, nonce)
 
     def put_file(self, bucket: str, key: str, path: Path) -> None:
@@ -142,7 +126,7 @@ class ObjectStore:
             with contextlib.closing(answer["Body"]) as body:
                 return body.read(), answer["Metadata"].get(_SHA)
 
-        data, expected = self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
+        data, expected = self._s3.call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
         _check_sha(bucket, key, hashlib.sha256(data).hexdigest(), expected)
         return data
 
@@ -217,7 +201,7 @@ class ObjectStore:
         """An address that anyone may read this object from for `expires_s` seconds."""
         params = {"Bucket": bucket, "Key": key}
         return str(
-            self._call(
+            self._s3.call(
                 f"signing an address of s3://{bucket}/{key}",
                 lambda client: client.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s),
             )
@@ -232,9 +216,9 @@ class ObjectStore:
             ConfigError: it is missing and may not be made.
         """
         try:
-            self._call(f"looking for bucket {bucket}", lambda client: client.head_bucket(Bucket=bucket))
+            self._s3.call(f"looking for bucket {bucket}", lambda client: client.head_bucket(Bucket=bucket))
         except ObjectMissing:
-            self._create_bucket(bucket)
+            self._s3.create_bucket(bucket)
 
     def upload(self, bucket: str, items: Mapping[str, Path | bytes], on_progress: Progress | None = None) -> None:
         """Store many objects, `upload_threads` at a time.
@@ -242,11 +226,11 @@ class ObjectStore:
         Raises:
             ExternalError: saying which objects were stored and which were not. Those stored stay; repeat the call.
         """
-        tally = _Tally(_size(item) for item in items.values())
-        with ThreadPoolExecutor(self._settings.upload_threads, thread_name_prefix="upload") as pool:
+        tally = Tally(size_of(item) for item in items.values())
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="upload") as pool:
             jobs = {pool.submit(self._put_item, bucket, key, item, tally.add): key for key, item in items.items()}
-            _follow(jobs, tally, on_progress)
-        _raise_first(jobs, f"s3://{bucket}")
+            follow(jobs, tally, on_progress)
+        raise_first(jobs, f"s3://{bucket}")
 
     # Inside -------------------------------------------------------------------------------------------------------
 
@@ -275,7 +259,7 @@ class ObjectStore:
         digest = file_sha256(path)
         meta = {_SHA: digest, _NONCE: uuid.uuid4().hex}
         what = f"storing s3://{bucket}/{key}"
-        upload_id = self._call(
+        upload_id = self._s3.call(
             what,
             lambda client: client.create_multipart_upload(
                 Bucket=bucket, Key=key, ContentType=_content_type(key), Metadata=meta
@@ -301,7 +285,7 @@ class ObjectStore:
                 with path.open("rb") as file:
                     file.seek((number - 1) * step)
                     data = file.read(step)
-                answer = self._call(
+                answer = self._s3.call(
                     f"storing part {number} of s3://{bucket}/{key}",
                     lambda client: client.upload_part(
                         Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data, ContentMD5=_md5(data)
@@ -310,15 +294,15 @@ class ObjectStore:
             add(len(data))
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
-        with ThreadPoolExecutor(min(4, self._settings.upload_threads), thread_name_prefix="part") as pool:
+        with ThreadPoolExecutor(min(4, self._threads), thread_name_prefix="part") as pool:
             jobs = {pool.submit(send, number): f"part {number}" for number in range(1, -(-size // step) + 1)}
-            _follow(jobs, None, None)
-        _raise_first(jobs, f"s3://{bucket}/{key}")
+            follow(jobs, None, None)
+        raise_first(jobs, f"s3://{bucket}/{key}")
         return [job.result() for job in jobs]
 
     def _complete(self, bucket: str, key: str, upload_id: str, parts: Sequence[dict[str, Any]], nonce: str) -> None:
         try:
-            self._call(
+            self._s3.call(
                 f"completing s3://{bucket}/{key}",
                 lambda client: client.complete_multipart_upload(
                     Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": [*parts]}
@@ -332,7 +316,7 @@ class ObjectStore:
     def _abort(self, bucket: str, key: str, upload_id: str) -> None:
         """Best effort: the first failure is the one to report; the service's own rules clean up after us."""
         try:
-            self.client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            self._s3.raw().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
         except client_errors() as error:
             _log.warning("parts of s3://%s/%s are left behind: %s", bucket, key, reason(error))
 
@@ -365,7 +349,7 @@ class ObjectStore:
                     take(chunk)
             return digest.hexdigest(), size, answer["Metadata"].get(_SHA)
 
-        return self._call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
+        return self._s3.call(f"reading s3://{bucket}/{key}", receive, bucket=bucket)
 
     def _holds(self, bucket: str, key: str, nonce: str) -> bool:
         """Whether the object there is the one that we wrote with `nonce`."""
@@ -376,12 +360,12 @@ class ObjectStore:
 
     def _metadata(self, bucket: str, key: str) -> dict[str, str]:
         what = f"looking for s3://{bucket}/{key}"
-        return dict(self._call(what, lambda client: client.head_object(Bucket=bucket, Key=key))["Metadata"])
+        return dict(self._s3.call(what, lambda client: client.head_object(Bucket=bucket, Key=key))["Metadata"])
 
     def _pages(self, bucket: str, prefix: str, extra: dict[str, str]) -> Iterator[dict[str, Any]]:
         token: dict[str, str] = {}
         while True:
-            page = self._call(
+            page = self._s3.call(
                 f"listing s3://{bucket}/{prefix}",
                 lambda client: client.list_objects_v2(Bucket=bucket, Prefix=prefix, **extra, **token),  # noqa: B023
                 bucket=bucket,
@@ -394,165 +378,17 @@ class ObjectStore:
     def _delete_batch(self, bucket: str, keys: Sequence[str]) -> int:
         request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         what = f"deleting {len(keys)} objects of s3://{bucket}"
-        answer = self._call(what, lambda client: client.delete_objects(Bucket=bucket, Delete=request), bucket=bucket)
+        answer = self._s3.call(what, lambda client: client.delete_objects(Bucket=bucket, Delete=request), bucket=bucket)
         if errors := answer.get("Errors"):
             first = f"{errors[0].get('Key')}: {errors[0].get('Code')} {errors[0].get('Message', '')}".strip()
             raise ExternalError(f"{self.place} kept {len(errors)} objects of s3://{bucket} ({first}).", retryable=False)
         return len(keys)
-
-    def _create_bucket(self, bucket: str) -> None:
-        if not self._settings.create_buckets:
-            raise ConfigError(
-                f"Bucket {bucket} does not exist at {self.place}, and object_store.create_buckets is off. "
-                "Nothing was written.\nNext: create the bucket, or correct object_store.models_bucket and data_bucket."
-            )
-        extra: dict[str, Any] = {}
-        if self._settings.region != "us-east-1":  # the one region that must not be named
-            extra["CreateBucketConfiguration"] = {"LocationConstraint": self._settings.region}
-
-        def create(client: Any) -> None:
-            with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
-                client.create_bucket(Bucket=bucket, **extra)
-
-        self._call(f"creating bucket {bucket}", create)
-
-    def client(self) -> Any:
-        """The boto3 client, made once a process (connections do not survive a fork)."""
-        with self._lock:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), _make_client(self._settings))
-            return self._made[1]
-
-    def _call(self, what: str, send: Callable[[Any], T], *, bucket: str | None = None) -> T:
-        """Run `send`, repeating it while the store is unreachable; `bucket` is made when missing, if allowed."""
-        began = self._clock()
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                return send(self.client())
-            except client_errors() as error:
-                kind = classify(error)
-                if kind is Kind.bucket_missing and bucket is not None and self._settings.create_buckets and tries == 1:
-                    self._create_bucket(bucket)
-                    continue
-                if kind is not Kind.retry:
-                    raise self._translate(kind, what, error) from error
-                self._pause(what, error, tries, began)
-
-    def _pause(self, what: str, error: Exception, tries: int, began: float) -> None:
-        waited = self._clock() - began
-        left = self._settings.patience_s - waited
-        if left <= 0:
-            raise ExternalError(
-                f"{self.place} did not answer for {waited:.0f} s ({tries} tries) while {what}: {reason(error)}.\n"
-                "What was stored before is complete; this object may or may not have been changed, repeating is safe.\n"
-                "Next: `khet status` shows what runs, `khet up` starts the local stack; then run the same step again."
-            ) from error
-        if tries == 1:
-            _log.warning("%s: %s while %s; trying again for %.0f s", self.place, reason(error), what, left)
-        first, longest = _BACKOFF_S
-        pause = min(longest, first * 2 ** min(tries - 1, 16)) * random.uniform(0.5, 1.0)
-        self._sleep(min(pause, left))
-
-    def _translate(self, kind: Kind, what: str, error: Exception) -> KhetError | _Exists:
-        if kind is Kind.exists:
-            return _Exists()
-        if kind is Kind.key_missing:
-            return ObjectMissing(f"No such object: {what} at {self.place} found nothing. Nothing was changed.")
-        if kind is Kind.bucket_missing:
-            return ConfigError(
-                f"{what} failed: the bucket does not exist at {self.place}. Nothing was changed.\n"
-                "Next: create it, or correct object_store.models_bucket and data_bucket."
-            )
-        if kind is Kind.config:
-            return ConfigError(
-                f"{what} failed at {self.place}: {reason(error)}. Nothing was changed.\n"
-                "Next: correct object_store.* in the settings (`khet up` writes them for the local stack)."
-            )
-        return ExternalError(f"{self.place} refused {what}: {reason(error)}. Nothing was changed.", retryable=False)
-
-
-class _Exists(Exception):  # noqa: N818  (a signal inside this module, never seen outside)
-    """`If-None-Match: *` found an object."""
-
-
-class _Tally:
-    """Bytes done, added up by upload threads and read by the caller's."""
-
-    def __init__(self, sizes: Iterable[int]) -> None:
-        self.total = sum(sizes)
-        self.done = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.done += count
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _make_client(settings: ObjectStoreSettings) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    secret = settings.secret_access_key
-    config = Config(
-        connect_timeout=settings.connect_timeout_s,
-        read_timeout=settings.read_timeout_s,
-        retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
-        max_pool_connections=settings.upload_threads + _PARTS_IN_MEMORY,
-        signature_version="s3v4",
-        s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
-        # Older S3 services refuse the newer checksums; Content-MD5 guards the way, our SHA-256 the object.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    session = boto3.session.Session(
-        aws_access_key_id=settings.access_key_id,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        region_name=settings.region,
-    )
-    return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
-
-
-def _follow(jobs: Mapping[Future[Any], str], tally: _Tally | None, on_progress: Progress | None) -> None:
-    """Wait for the jobs; after the first failure those not begun are cancelled. Reports in the caller's thread."""
-    pending = set(jobs)
-    try:
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-            if on_progress is not None and tally is not None:
-                on_progress(tally.done, tally.total)
-            if any(job.exception() is not None for job in done if not job.cancelled()):
-                pending = {job for job in pending if not job.cancel()}
-    finally:  # the caller was interrupted, or its callback failed: begin nothing new
-        for job in pending:
-            job.cancel()
-
-
-def _raise_first(jobs: Mapping[Future[Any], str], place: str) -> None:
-    failed = [job for job in jobs if not job.cancelled() and job.exception() is not None]
-    if not failed:
-        return
-    error = failed[0].exception()
-    if not isinstance(error, ExternalError):
-        raise error if error is not None else AssertionError
-    stored = [name for job, name in jobs.items() if job not in failed and not job.cancelled()]
-    missing = [name for job, name in jobs.items() if job in failed or job.cancelled()]
-    raise ExternalError(
-        f"{error}\nOf {len(jobs)} for {place}, {len(stored)} were stored ({_names(stored)}), "
-        f"{len(missing)} were not ({_names(missing)}).",
-        retryable=error.retryable,
-    ) from error
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 
 def _unchanged(path: Path, before: os.stat_result) -> None:
@@ -567,13 +403,6 @@ def _check_sha(bucket: str, key: str, found: str, expected: str | None) -> None:
             f"s3://{bucket}/{key} does not match the SHA-256 stored with it ({found[:12]}… expected {expected[:12]}…)."
             " What was read was thrown away."
         )
-
-
-def _size(item: Path | bytes) -> int:
-    try:
-        return item.stat().st_size if isinstance(item, Path) else len(item)
-    except OSError as error:
-        raise ConfigError(f"{item!s} cannot be read: {error.strerror or error}. Nothing was written.") from error
 
 
 def _md5(data: bytes) -> str:

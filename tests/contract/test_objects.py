@@ -87,7 +87,7 @@ class Lossy:
 def lossy(settings: ObjectStoreSettings, method: str) -> tuple[ObjectStore, Lossy]:
     store = ObjectStore(settings)
     client = Lossy(store.client(), method)
-    store.client = lambda: client  # type: ignore[method-assign]
+    store._s3.raw = lambda: client  # type: ignore[method-assign]
     return store, client
 
 

@@ -98,8 +98,8 @@ class RegistrySettings(Area):
     trusted_keys: tuple[Path, ...] = Field(
         default=(), description="Ed25519 public keys (PEM) whose signatures are accepted."
     )
-    keep_archived: PositiveInt = Field(
-        default=5, description="Releases that stay warm for a rollback when tidying local caches."
+    keep_work_folders: PositiveInt = Field(
+        default=5, description="Newest releases whose checkpoints and logs stay on this machine after a promotion."
     )
 
 

@@ -70,6 +70,7 @@ class ReleaseRecord(Record):
     """Everything a release knows about itself. `parameters` are the flow's own, so that a resume repeats them."""
 
     release_id: str
+    kind: Literal["release", "rollback"] = "release"
     outcome: Outcome = "running"
     started_at: datetime
     finished_at: datetime | None = None

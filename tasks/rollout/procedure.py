@@ -160,6 +160,7 @@ class Rollout:
             self.cluster.wait_ready(Track.stable, self.ready_timeout_s)
         except ExternalError:
             self._put_champion_back()
+            self.journal.change(intent=None)
             raise
         self.cluster.set_weights({Track.stable: 1.0})
         aliases.move_alias("production", self.plan.version, by=by, reason=reason)

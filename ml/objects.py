@@ -62,6 +62,9 @@ class ObjectStore:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._sleep = sleep
         self._s3 = PatientClient(settings, clock=clock, sleep=sleep)
         self._threads = settings.upload_threads
         self._parts = threading.BoundedSemaphore(PARTS_IN_MEMORY)
@@ -77,6 +80,16 @@ class ObjectStore:
     def client(self) -> Any:
         """The boto3 client below, for what this class does not offer; its errors are then the caller's to translate."""
         return self._s3.raw()
+
+    def with_patience(self, patience_s: float) -> ObjectStore:
+        """The same store for calls that must not take longer than about `patience_s`, a status or a renewal."""
+        quick = {
+            "patience_s": patience_s,
+            "max_attempts": 1,
+            "connect_timeout_s": max(0.1, min(self._settings.connect_timeout_s, patience_s)),
+            "read_timeout_s": max(0.1, min(self._settings.read_timeout_s, patience_s)),
+        }
+        return ObjectStore(self._settings.model_copy(update=quick), clock=self._clock, sleep=self._sleep)
 
     # Objects ------------------------------------------------------------------------------------------------------
 

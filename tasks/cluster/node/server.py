@@ -1,0 +1,118 @@
+"""The node's process: two ports, signals, an orderly end.
+
+SIGTERM ends the node alone: replicas run on and the next node adopts them, so the node can be replaced without an
+outage of the models. SIGINT (Ctrl-C) and POST /shutdown end the replicas too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import uvloop
+from aiohttp import web
+
+from configs.errors import ConfigError
+from configs.settings import Settings, home
+from tasks.cluster.node import control
+from tasks.cluster.node.node import Node, Options
+from tasks.cluster.node.store import Store
+
+log = logging.getLogger(__name__)
+
+_DRAIN_S = 2.0
+_KEEP_ALIVE_S = 75.0
+
+
+def run(settings: Settings) -> None:
+    """Run until told to stop.
+
+    Raises:
+        ConfigError: an address or the token is missing, a port is taken, or another node runs on this folder.
+        IntegrityError: the desired state on disk cannot be read.
+    """
+    data, api = _address(settings, "gateway_url"), _address(settings, "node_url")
+    options = Options.from_settings(settings, home())
+    store = Store(home() / "node")
+    with store.locked():
+        uvloop.run(_serve(store, options, data, api))
+
+
+def _address(settings: Settings, field: str) -> tuple[str, int]:
+    url = getattr(settings.cluster, field)
+    parts = urlsplit(url or "")
+    if not parts.hostname or not parts.port:
+        raise ConfigError(f"cluster.{field} is {url!r}, expected http://HOST:PORT. Nothing was started.")
+    return parts.hostname, parts.port
+
+
+async def _serve(store: Store, options: Options, data: tuple[str, int], api: tuple[str, int]) -> None:
+    node = Node(store, options)
+    over = _Ending(node)
+    gateway = web.Server(node.gateway.handle, access_log=None, auto_decompress=False, keepalive_timeout=_KEEP_ALIVE_S)
+    app = control.application(node, options.token, over.stop_replicas)
+    async with _listening(web.ServerRunner(gateway), data) as over.gateway:
+        await node.start()
+        async with _listening(web.AppRunner(app, access_log=None), api):
+            log.info("the gateway listens on %s:%d, the control API on %s:%d", *data, *api)
+            over.watch_signals()
+            await over.asked.wait()
+    await over.finish()
+
+
+class _Ending:
+    """Ends the node once, for whatever reason comes first."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._stopping: asyncio.Task[None] | None = None
+        self.asked = asyncio.Event()
+        self.gateway: web.TCPSite | None = None
+
+    def watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.asked.set)
+        loop.add_signal_handler(signal.SIGINT, self._interrupted)
+
+    async def stop_replicas(self) -> None:
+        """Take no more requests, finish those under way, end the replicas; the process ends after this returned."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop_replicas())
+        await asyncio.shield(self._stopping)
+        asyncio.get_running_loop().call_later(0.1, self.asked.set)  # let the answer out first
+
+    async def finish(self) -> None:
+        """What is left to do when both ports are closed."""
+        if self._stopping is None:
+            await self._node.stop(replicas=False)
+
+    def _interrupted(self) -> None:
+        task = asyncio.ensure_future(self.stop_replicas())
+        task.add_done_callback(lambda _: self.asked.set())
+
+    async def _stop_replicas(self) -> None:
+        if self.gateway is not None:
+            await self.gateway.stop()
+        deadline = asyncio.get_running_loop().time() + _DRAIN_S
+        while self._node.gateway.in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        await self._node.stop(replicas=True)
+
+
+@contextlib.asynccontextmanager
+async def _listening(runner: web.ServerRunner | web.AppRunner, address: tuple[str, int]) -> AsyncIterator[web.TCPSite]:
+    await runner.setup()
+    site = web.TCPSite(runner, *address, backlog=1024)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(f"cannot listen on {address[0]}:{address[1]}: {error}. Nothing was started.") from error
+    try:
+        yield site
+    finally:
+        await runner.cleanup()

@@ -117,7 +117,7 @@ def timeline_chart(
     times = [(look.at - begin).total_seconds() for look in looks]
     span = max(times[-1], 1.0)
     until = span * 1.06
-    frame = Frame(width, _panels_height(looks), left=52, top=30)
+    frame = Frame(width, _panels_height(looks), left=52, top=_HEAD)
     x = Scale(0.0, until, frame.left, frame.x_end)
     body = [_decision_lines(looks, times, x, frame)]
     body += [_weights(looks, times, final_weight, until, x, frame)]
@@ -140,12 +140,12 @@ def timeline_words(looks: Sequence[CanaryLook]) -> str:
     )
 
 
-_WEIGHT_H, _PANEL_H, _LATENCY_H, _GAP = 84.0, 66.0, 110.0, 34.0
+_HEAD, _WEIGHT_H, _PANEL_H, _LATENCY_H, _GAP = 40.0, 84.0, 66.0, 110.0, 42.0
 
 
 def _panels_height(looks: Sequence[CanaryLook]) -> float:
     panels = _WEIGHT_H + _GAP + _PANEL_H + _GAP + _LATENCY_H
-    return 30 + panels + (_PANEL_H + _GAP if _has_probes(looks) else 0) + 26
+    return _HEAD + panels + (_PANEL_H + _GAP if _has_probes(looks) else 0) + 26
 
 
 def _has_probes(looks: Sequence[CanaryLook]) -> bool:
@@ -163,7 +163,7 @@ def _weights(
         points.append((times[-1], final))
     ticks = [0.0, y.high / 2, y.high]
     parts = [
-        text(0, frame.top - 14, "Challenger's share of user traffic", "pt"),
+        text(0, frame.top - 26, "Challenger's share of user traffic", "pt"),
         y_axis(_strip(frame, bottom), y, ticks, [f"{t * 100:g} %" for t in ticks]),
         step_area(points, until, x, y, "area challenger"),
         _step_labels(looks, times, until, x, y),
@@ -246,14 +246,14 @@ def _share_panel(
     y = Scale(ticks[0], ticks[-1], top + _PANEL_H, top)
     axis = y_axis(_strip(frame, top + _PANEL_H), y, ticks, [f"{t * 100:g} %" for t in ticks])
     lines = path(champion, x, y, "line champion") + path(challenger, x, y, "line challenger")
-    return text(0, top - 12, title, "pt") + axis + lines
+    return text(0, top - 14, title, "pt") + axis + lines
 
 
 def _latency_panel(looks: Sequence[CanaryLook], times: Sequence[float], x: Scale, frame: Frame, top: float) -> Markup:
     p50, p99 = _both(looks, times, lambda c: c.p50_ms), _both(looks, times, lambda c: c.p99_ms)
     y, ticks = _latency_scale([*p50[0], *p50[1], *p99[0], *p99[1]], top)
     title = "Latency in ms: p50 solid, p99 dotted" + (" (logarithmic)" if y.log else "")
-    parts = [text(0, top - 12, title, "pt")]
+    parts = [text(0, top - 14, title, "pt")]
     parts.append(y_axis(_strip(frame, top + _LATENCY_H), y, ticks, [f"{t:g}" for t in ticks]))
     for kind, fifty, ninety in zip(("champion", "challenger"), p50, p99, strict=True):
         parts.append(path(ninety, x, y, f"line dotted {kind}"))

@@ -13,14 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from ml.results import Evaluation, TrainResult
-from tasks.report import charts, scores, story, tables, words
-from tasks.report.model import CanaryLook, GateRow, ReleaseReport, VerdictView
+from tasks.report import charts, scores, story, words
+from tasks.report.model import CanaryLook, GateRow, ReleaseReport, VerdictView, VersionCounters
 
 _TEMPLATES = Path(__file__).resolve().parent
 # Looks beyond this many are folded away; those that decided something are always shown.
 _OPEN_LOOKS = 14
 # The chart's proportions on a phone and on a desk; the page shows one of them.
 _NARROW, _WIDE = 440.0, 1040.0
+_UNIT = re.compile(r"(\d) (?=(?:%|ms|s|min|KiB|MiB)(?![\w]))")
+_BREAKS = re.compile(r"(?<=[_/-])")
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -39,16 +41,21 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        sentence=story.sentence, coded=coded, duration=words.duration, moment=words.moment, clock=words.clock,
-        size=words.size, percent=words.percent, millis=words.millis, number=words.number, mood=charts.mood_of,
+        sentence=story.sentence, coded=coded, soft=soft, duration=words.duration, moment=words.moment,
+        clock=words.clock, size=words.size, millis=words.millis,
     )  # fmt: skip
     return environment.get_template("report.html.j2")
 
 
 def coded(text: str) -> Markup:
-    """Escaped text in which backquotes mark code."""
-    parts = _CODE.split(text)
+    """Escaped text in which backquotes mark code, and numbers stay on one line with their unit."""
+    parts = _CODE.split(_UNIT.sub("\\1\u00a0", text))
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def soft(name: str) -> Markup:
+    """A name that may be broken after its underscores, slashes and dashes."""
+    return Markup("<wbr>").join(_BREAKS.split(name))
 
 
 def _page(report: ReleaseReport, pictures: dict[str, bytes]) -> dict[str, Any]:
@@ -129,13 +136,25 @@ def _gate_line(row: GateRow) -> GateLine:
 
 
 @dataclass(frozen=True, slots=True)
+class LookLine:
+    """One look: each cell holds the challenger's number and, where there is a champion, its number."""
+
+    at: str
+    step: str
+    cells: tuple[tuple[str, str | None], ...]
+    decision: str
+    mood: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class CanaryBlock:
     """The canary's charts, its looks as rows (`shown` open, `folded` all of them), and what happened meanwhile."""
 
     wide: Markup
     narrow: Markup
-    shown: tuple[dict[str, str], ...]
-    folded: tuple[dict[str, str], ...]
+    shown: tuple[LookLine, ...]
+    folded: tuple[LookLine, ...]
 
 
 def _canary(report: ReleaseReport) -> CanaryBlock | None:
@@ -152,8 +171,27 @@ def _canary(report: ReleaseReport) -> CanaryBlock | None:
     )
 
 
-def _look_rows(looks: tuple[CanaryLook, ...]) -> tuple[dict[str, str], ...]:
-    return tuple(tables.look_row(look) | {"mood": charts.mood_of(look.decision)} for look in looks)
+def _look_rows(looks: tuple[CanaryLook, ...]) -> tuple[LookLine, ...]:
+    return tuple(_look_line(look) for look in looks)
+
+
+def _look_line(look: CanaryLook) -> LookLine:
+    ours, theirs = _counter_cells(look.challenger), _counter_cells(look.champion) if look.champion else None
+    cells = tuple((cell, theirs[i] if theirs else None) for i, cell in enumerate(ours))
+    why = " ".join(story.sentence(reason) for reason in look.reasons)
+    return LookLine(words.clock(look.at), look.step, cells, look.decision, charts.mood_of(look.decision), why)
+
+
+def _counter_cells(counters: VersionCounters) -> tuple[str, ...]:
+    probes, pairs = counters.probes, counters.shadow_pairs
+    return (
+        f"{counters.requests:,}",
+        f"{counters.errors:,}",
+        words.millis(counters.p50_ms),
+        words.millis(counters.p99_ms),
+        words.percent(counters.probes_correct / probes) if probes else words.DASH,
+        words.percent(counters.shadow_differ / pairs) if pairs else words.DASH,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +251,7 @@ def _scores(report: ReleaseReport, pictures: dict[str, bytes]) -> ScoresBlock | 
         scores.axis_labels(scores.recall_floor(ours, theirs)),
         scores.confusion(ours),
         scores.severity_rows(ours, theirs),
-        scores.axis_labels(0.0),
+        scores.axis_labels(scores.severity_floor(ours, theirs)),
         scores.calibration_rows(ours),
         scores.named_picture(ours, pictures, "reliab"),
         theirs is not None,

@@ -35,6 +35,16 @@ def recall_floor(ours: Evaluation, theirs: Evaluation | None) -> float:
     """Where the recall axis begins: the round number below everything drawn, at most .8."""
     drawn = [v for c in ours.classes for v in (c.recall, c.recall_low)]
     drawn += [c.recall for c in theirs.classes] if theirs else []
+    return _round_floor(drawn)
+
+
+def severity_floor(ours: Evaluation, theirs: Evaluation | None) -> float:
+    """Where the axis of accuracy by severity begins."""
+    bands = [*ours.by_severity, *(theirs.by_severity if theirs else ())]
+    return _round_floor([s.accuracy for s in bands if s.images])
+
+
+def _round_floor(drawn: Sequence[float]) -> float:
     lowest = min((v for v in drawn if math.isfinite(v)), default=0.0)
     return max(0.0, min(0.8, math.floor(lowest * 5) / 5))
 
@@ -127,15 +137,16 @@ class SeverityRow:
 
 
 def severity_rows(ours: Evaluation, theirs: Evaluation | None) -> list[SeverityRow]:
-    """One row a band, the mildest first. The axis runs from 0 to 100 %."""
+    """One row a band, the mildest first."""
     before = {(s.low, s.high): s.accuracy for s in theirs.by_severity} if theirs else {}
+    floor = severity_floor(ours, theirs)
     return [
         SeverityRow(
             f"{words.percent(s.low, 0)} to {words.percent(s.high, 0)}",
             s.images,
             words.percent(s.accuracy if s.images else None),
             words.percent(before.get((s.low, s.high))),
-            dot_row(s.accuracy if s.images else None, None, None, before.get((s.low, s.high)), 0.0),
+            dot_row(s.accuracy if s.images else None, None, None, before.get((s.low, s.high)), floor),
         )
         for s in ours.by_severity
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Literal
 from ml.results import Evaluation
 from tasks.report import words
 from tasks.report.model import CanaryLook, Outcome, ReleaseReport, VersionCounters
+
+_TIGHT_PERCENT = re.compile(r"(\d)%")
 
 Mood = Literal["good", "bad", "warn", "calm"]
 
@@ -100,8 +103,8 @@ def _was_live(report: ReleaseReport) -> bool:
 
 
 def sentence(text: str) -> str:
-    """A reason as a sentence: a capital first, a full stop last."""
-    stripped = text.strip()
+    """A reason as a sentence: a capital first, a full stop last, and percentages as everywhere on the page."""
+    stripped = _TIGHT_PERCENT.sub(r"\1 %", text.strip())
     if not stripped:
         return ""
     return stripped[0].upper() + stripped[1:] + ("" if stripped[-1] in ".!?:" else ".")

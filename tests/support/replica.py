@@ -82,9 +82,7 @@ class Replica:
 
     def predict(self, data: bytes, content_type: str = "image/jpeg", **headers: str) -> httpx.Response:
         """POST a raw body."""
-        return self.client.post(
-            self.url + "/predict", content=data, headers={"content-type": content_type, **headers}
-        )
+        return self.client.post(self.url + "/predict", content=data, headers={"content-type": content_type, **headers})
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum over the samples `name` that carry these labels; 0 where there is none."""

@@ -332,8 +332,7 @@ def promoted(**changes: Any) -> ReleaseReport:
         "release_id": "r-20261120-061204-7c1e", "title": "Release of leaves to v1.3.0", "version": "v1.3.0",
         "champion_version": "v1.2.0", "outcome": "promoted", "started_at": BEGAN,
         "reasons": (
-            "the challenger passed 7 checks with 94.5 % accuracy on the holdout",
-            "no limit was broken in 1,152 requests, up to 50 % of the traffic, by the canary",
+            *gate(ours, exported(), theirs, GateSettings()).reasons, *_live_verdict(made).reasons,
         ),
         "finished_at": BEGAN + timedelta(seconds=170), "requested_by": "priya", "stages": stages(),
         "train": training(), "export": exported(), "evaluation": ours, "champion_evaluation": theirs,
@@ -346,7 +345,7 @@ def promoted(**changes: Any) -> ReleaseReport:
 
 def first_release() -> ReleaseReport:
     """No champion to compare with."""
-    made = tuple(look.model_copy(update={"champion": None}) for look in looks())
+    made = looks(first=True)
     ours = evaluation()
     return promoted(
         champion_version=None, champion_evaluation=None, looks=made, events=(), canary=_live_verdict(made),
@@ -368,8 +367,9 @@ def gated() -> ReleaseReport:
 def rolled_back(bad: str = "slow") -> ReleaseReport:
     """A canary that was bad at 25 % of the traffic."""
     made = looks(bad=bad)
+    verdict = _live_verdict(made)
     return promoted(
-        outcome="rolled_back", looks=made, events=_events(made), canary=_live_verdict(made), reasons=(REASONS[bad],),
+        outcome="rolled_back", looks=made, events=_events(made), canary=verdict, reasons=verdict.reasons,
         stages=stages("canary", "failed"), finished_at=BEGAN + timedelta(seconds=152),
     )  # fmt: skip
 

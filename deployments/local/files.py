@@ -106,14 +106,18 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace `path` in one step by a file of mode 0600: a reader sees the old text or the new, never a part."""
+def write_private(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` in one step by a file of mode 0600: a reader sees the old text or the new, never a part.
+
+    `durable` waits until it is on the disk; state that only describes running processes need not be.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

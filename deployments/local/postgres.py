@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from configs.errors import ConfigError, ExternalError
 from deployments.local.files import private_folder, write_private
 from deployments.local.ports import LOOPBACK
-from deployments.local.process import Identity, Launch, identify, wait_gone
+from deployments.local.process import Identity, Launch, identify, pids, wait_gone
 from deployments.local.site import DATABASE, Site
 
 if TYPE_CHECKING:
@@ -200,14 +201,7 @@ class Postgres:
                 self._furnish(admin)
         except psycopg.Error as error:
             raise ExternalError(f"postgres: role and database could not be created: {error}") from error
-        if importlib.util.find_spec("tasks.audit"):
-            from tasks import audit
-
-            audit.ensure_schema(self.site.dsn())
-
-    def leftovers(self) -> list[Identity]:
-        """Server processes of this cluster: children overwrite their environment, but all work inside the data."""
-        return [who for pid in _pids() if _works_in(pid, self.cluster) and (who := identify(pid))]
+        _ensure_audit_schema(self.site.dsn())
 
     def _furnish(self, admin: psycopg.Connection) -> None:
         from psycopg import sql
@@ -270,12 +264,12 @@ class Postgres:
 
     def _clear_leftovers(self) -> None:
         """End children of a killed server, then remove its pid file: a recycled pid in it would stop the next start."""
-        left = self.leftovers()
+        left = server_processes(self.cluster)
         if left and not wait_gone(left, 4):
             for who in left:
                 who.signal(signal.SIGKILL)
             wait_gone(left, 2)
-        if not self.leftovers():
+        if not server_processes(self.cluster):
             (self.cluster / "postmaster.pid").unlink(missing_ok=True)
 
 
@@ -295,8 +289,15 @@ def check_database(dsn: str, timeout_s: int) -> str:
         raise ExternalError(f"postgres does not answer: {error}") from error
 
 
-def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+def _ensure_audit_schema(dsn: str) -> None:
+    if importlib.util.find_spec("tasks.audit") is not None:
+        audit = importlib.import_module("tasks.audit")
+        audit.ensure_schema(dsn)
+
+
+def server_processes(cluster: Path) -> list[Identity]:
+    """Running server processes of one cluster: children overwrite their environment, but all work inside the data."""
+    return [who for pid in pids() if _works_in(pid, cluster) and (who := identify(pid))]
 
 
 def _works_in(pid: int, folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,19 @@ from deployments.local.files import read_json, write_json
 # Set in every process of the stack and inherited by its children: leftovers are found by it, whoever their parent is.
 MARKER = "_KHET_STACK"
 POLL_S = 0.05
+# Variables that come from whoever types `khet up`, or that only matter for one start.
+VOLATILE = frozenset(
+    {
+        "PATH",
+        "LANG",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "LD_LIBRARY_PATH",
+        "PYTHONPATH",
+        "PREFECT_API_BLOCKS_REGISTER_ON_START",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +64,13 @@ class Launch:
     cwd: Path
     log: Path
     user: int | None = None
+    volatile: frozenset[str] = VOLATILE
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two launches that would run the same thing; variables of the caller's terminal do not count."""
+        env = sorted((k, v) for k, v in self.env.items() if k not in self.volatile)
+        return hashlib.sha256(repr((self.argv, str(self.cwd), env, self.user)).encode()).hexdigest()
 
 
 def identify(pid: int) -> Identity | None:
@@ -62,9 +83,9 @@ def identify(pid: int) -> Identity | None:
     return None if fields[0] in "ZX" else Identity(pid, int(fields[19]), _boot())
 
 
-def remember(path: Path, who: Identity) -> None:
-    """Write down who runs."""
-    write_json(path, {"pid": who.pid, "start": who.start, "boot": who.boot})
+def remember(path: Path, who: Identity, fingerprint: str = "") -> None:
+    """Write down who runs, and what it was started as."""
+    write_json(path, {"pid": who.pid, "start": who.start, "boot": who.boot, "fingerprint": fingerprint})
 
 
 def recall(path: Path) -> Identity | None:
@@ -77,6 +98,11 @@ def recall(path: Path) -> Identity | None:
     except (KeyError, TypeError, ValueError):
         return None
     return who if who.alive else None
+
+
+def recalled_fingerprint(path: Path) -> str:
+    """What the process written down in `path` was started as."""
+    return str((read_json(path) or {}).get("fingerprint", ""))
 
 
 def spawn(launch: Launch) -> subprocess.Popen[bytes]:
@@ -101,12 +127,13 @@ def spawn(launch: Launch) -> subprocess.Popen[bytes]:
 def marked(home: Path, part: str | None = None) -> list[Identity]:
     """Every running process of the stack in `home` (of one part), children and grandchildren included."""
     wanted = f"{MARKER}={marker(home, part) if part else str(home) + '='}".encode()
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and _has(entry.path, wanted, exact=bool(part)):
-            who = identify(int(entry.name))
-            found += [who] if who else []
-    return found
+    others = (pid for pid in pids() if pid != os.getpid())
+    return [who for pid in others if _has(pid, wanted, exact=bool(part)) and (who := identify(pid))]
+
+
+def pids() -> list[int]:
+    """Every process there is."""
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
 
 
 def marker(home: Path, part: str) -> str:
@@ -125,9 +152,9 @@ def wait_gone(processes: Iterable[Identity], timeout_s: float, reap: Callable[[]
         time.sleep(POLL_S)
 
 
-def _has(folder: str, wanted: bytes, *, exact: bool) -> bool:
+def _has(pid: int, wanted: bytes, *, exact: bool) -> bool:
     try:
-        variables = Path(folder, "environ").read_bytes().split(b"\0")
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:  # ended meanwhile, or another user's
         return False
     return any(v == wanted if exact else v.startswith(wanted) for v in variables)

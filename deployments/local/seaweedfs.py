@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deployments.local.ports import LOOPBACK
 from deployments.local.process import Launch
 from deployments.local.site import Site
 
-_SERVERS = ("s3", "master", "volume", "filer", "weed_admin")
+WEED_PORTS = tuple(p for s in ("s3", "master", "volume", "filer", "weed_admin") for p in (s, f"{s}_grpc"))
 # Without a limit Go lets the heap double before it collects; with it the server stays near 160-250 MB.
 _MEMORY_LIMIT = "300MiB"
 # The first put of a fresh server can fail for some seconds after it lists buckets.
@@ -57,7 +58,7 @@ class ObjectStore:
     site: Site
     name: str = "object-store"
     needs: tuple[str, ...] = ()
-    ports: tuple[str, ...] = tuple(p for s in _SERVERS for p in (s, f"{s}_grpc"))
+    ports: tuple[str, ...] = WEED_PORTS
     stop_signal: signal.Signals = signal.SIGTERM
 
     @property
@@ -74,7 +75,7 @@ class ObjectStore:
         """Write the configuration: who may call S3, and the keys without which the inner ports serve everybody."""
         private_folder(self.folder)
         private_folder(self.folder / "data")
-        for socket in _shared_sockets(self.site):
+        for socket in shared_sockets(self.site.ports):
             socket.unlink(missing_ok=True)
         secrets = self.site.secrets
         sections = {
@@ -134,11 +135,6 @@ class ObjectStore:
         mine = self.site.written_settings()["object_store"]
         return ObjectStoreSettings.model_validate(self.site.settings.object_store.model_dump() | mine)
 
-    def tidy(self) -> None:
-        """Remove what the server leaves outside of the home folder once it has ended."""
-        for socket in _shared_sockets(self.site):
-            socket.unlink(missing_ok=True)
-
 
 def s3_client(store: ObjectStoreSettings) -> Any:
     """A boto3 client with short patience: these calls go to the loopback or are a doctor's question."""
@@ -190,10 +186,11 @@ def _furnish(client: Any, store: ObjectStoreSettings) -> None:
     round_trip(client, store.data_bucket)
 
 
-def _shared_sockets(site: Site) -> list[Path]:
-    """The server's inner gRPC sockets: their place in /tmp is fixed in its source, no option moves them."""
+def shared_sockets(ports: Mapping[str, int]) -> list[Path]:
+    """The server's inner gRPC sockets: their place in /tmp is fixed in its source, no option moves them.
+
+    It removes them when it ends; after a kill -9 they are the one thing that would stay outside the home folder.
+    """
     names = {"master": "master", "volume": "volume", "filer": "filer", "s3": "s3", "weed_admin": "admin"}
-    return [
-        Path(f"/tmp/seaweedfs-{there}-grpc-{site.ports[f'{here}_grpc']}.sock")  # noqa: S108
-        for here, there in names.items()
-    ]
+    known = {there: ports[f"{here}_grpc"] for here, there in names.items() if f"{here}_grpc" in ports}
+    return [Path(f"/tmp/seaweedfs-{there}-grpc-{port}.sock") for there, port in known.items()]  # noqa: S108

@@ -1,0 +1,80 @@
+"""Ending the stack in an order that loses nothing: who uses a server ends before it. With and without supervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterable
+
+from deployments.local import process, stack
+from deployments.local.files import Layout, read_json
+from deployments.local.node import ask_to_shut_down, recorded_replicas
+from deployments.local.ports import LOOPBACK, remembered
+from deployments.local.process import Identity
+from deployments.local.seaweedfs import shared_sockets
+
+# PostgreSQL rolls running transactions back on SIGINT; SIGTERM would wait for its clients.
+_SIGNALS = {"postgres": signal.SIGINT}
+_SERVERS = ("prefect-server", "postgres", "object-store")
+_KILLED_IN_S = 1.0
+
+
+def stop_everything(layout: Layout, timeout_s: float) -> None:
+    """Stop flow runs, worker, replicas and node, then the servers; what is left after `timeout_s` is killed."""
+    deadline = time.monotonic() + timeout_s
+    running = stack.running(layout)
+    # Half of the time: replicas deliver their last predictions to the object store, which then needs the other half.
+    _end_users(layout, running, timeout_s / 2)
+    servers = [running[name] for name in _SERVERS if name in running]
+    for name in _SERVERS:
+        if name in running:
+            running[name].signal(_SIGNALS.get(name, signal.SIGTERM))
+    process.wait_gone(servers, max(deadline - time.monotonic(), 0.1), reap_children)
+    _kill(stack.leftovers(layout.root))
+    for socket in shared_sockets(remembered(layout.ports)):
+        socket.unlink(missing_ok=True)
+    for name in running:
+        layout.pid(name).unlink(missing_ok=True)
+
+
+def reap_children() -> None:
+    """Collect children of this process that have ended, so that they do not stay as zombies."""
+    import os
+
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            continue
+
+
+def _end_users(layout: Layout, running: dict[str, Identity], timeout_s: float) -> None:
+    asked = threading.Thread(target=_shut_node_down, args=(layout, timeout_s), daemon=True)
+    if "node" in running:
+        asked.start()
+    flow_runs = process.marked(layout.root, "prefect-worker")
+    for who in flow_runs:
+        who.signal(signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    process.wait_gone(flow_runs, timeout_s, reap_children)
+    if "node" in running:
+        asked.join(max(deadline - time.monotonic(), 0.0))
+    serving = [*process.marked(layout.root, "node"), *recorded_replicas(layout.root)]
+    for who in serving:
+        who.signal(signal.SIGTERM)
+    process.wait_gone(serving, max(deadline - time.monotonic(), 0.1), reap_children)
+    _kill([who for who in (*flow_runs, *serving) if who.alive])
+
+
+def _shut_node_down(layout: Layout, timeout_s: float) -> None:
+    token = (read_json(layout.credentials) or {}).get("node_token")
+    port = remembered(layout.ports).get("node")
+    if token and port:
+        ask_to_shut_down(f"http://{LOOPBACK}:{port}", str(token), timeout_s)
+
+
+def _kill(processes: Iterable[Identity]) -> None:
+    killed = list(processes)
+    for who in killed:
+        who.signal(signal.SIGKILL)
+    process.wait_gone(killed, _KILLED_IN_S, reap_children)

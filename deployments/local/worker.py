@@ -1,0 +1,36 @@
+"""The process worker as a program: `python -m deployments.local.worker POOL NAME`.
+
+Prefect's own command line does the same after several more seconds of CPU for parts of it that are not used here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+# Runs wait for a free place when this many are under way: a paused release keeps its place while it waits for a person.
+CONCURRENT_RUNS = 6
+
+
+async def serve(pool: str, name: str) -> None:
+    """Run flows of `pool` until SIGTERM or SIGINT."""
+    from prefect.workers.process import ProcessWorker
+
+    worker = ProcessWorker(work_pool_name=pool, name=name, limit=CONCURRENT_RUNS, create_pool_if_not_found=False)
+    running = asyncio.ensure_future(worker.start())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+    await asyncio.wait([running])
+    if not running.cancelled():
+        running.result()
+
+
+def main() -> None:
+    """Entry point."""
+    pool, name = sys.argv[1:]
+    asyncio.run(serve(pool, name))
+
+
+if __name__ == "__main__":
+    main()

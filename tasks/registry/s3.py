@@ -126,6 +126,10 @@ class Registry:
         self._claimed(version, reservation.owner)  # it may have been discarded meanwhile
         return self._seal(manifest, signer)
 
+    def next_version(self, bump: Bump | None = None) -> Version:
+        """The number that `reserve` would give out now; nothing is taken."""
+        return next_version(self._listing().keys(), bump or "minor")
+
     def versions(self) -> list[VersionInfo]:
         """Published versions, lowest first."""
         infos = []

@@ -17,6 +17,8 @@ from configs.errors import ConfigError, IntegrityError
 from ml.results import Record
 
 Outcome = Literal["running", "promoted", "gated", "rolled_back", "declined", "failed", "dry_run"]
+Severity = Literal["info", "warning", "error"]
+StageState = Literal["done", "cached", "failed", "skipped"]
 PREFIX = "releases/"
 _ID = re.compile(r"[0-9a-z][0-9a-z-]{3,40}")
 
@@ -52,7 +54,7 @@ class StageRecord(Record):
     """One finished stage."""
 
     name: str
-    state: Literal["done", "cached", "failed", "skipped"]
+    state: StageState
     started_at: datetime
     duration_s: float
     note: str = ""
@@ -63,7 +65,7 @@ class Event(Record):
 
     at: datetime
     text: str
-    severity: Literal["info", "warning", "error"] = "info"
+    severity: Severity = "info"
 
 
 class ReleaseRecord(Record):
@@ -130,7 +132,7 @@ class Journal:
         """Write down what is about to change, before it does."""
         self.change(intent=Intent(action=action, version=version, previous=previous, at=self._now()))
 
-    def say(self, text: str, severity: Literal["info", "warning", "error"] = "info") -> None:
+    def say(self, text: str, severity: Severity = "info") -> None:
         """Add a line to the timeline."""
         self.change(events=(*self.record.events, Event(at=self._now(), text=text, severity=severity)))
 

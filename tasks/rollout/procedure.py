@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 from configs.areas import CanarySettings, JudgeSettings
 from configs.errors import ExternalError, SafetyError
@@ -27,7 +27,7 @@ Guard = Callable[[], None]
 class Aliases(Protocol):
     """Who points where. The registry implements it."""
 
-    def move_alias(self, name: str, version: Version, *, by: str, reason: str) -> object:
+    def move_alias(self, name: Literal["production"], version: Version, *, by: str, reason: str) -> object:
         """Point `name` at `version` and keep the history."""
 
 

@@ -1,0 +1,286 @@
+"""`khet`, the terminal's door to the flows. Heavy imports happen inside the commands: `--help` answers at once.
+
+Exit codes: 0 done; 1 other error; 2 configuration or usage; 3 a gate, judge or person said no; 4 integrity; 5 a system
+did not answer; 6 a guard stopped it; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from configs.errors import KhetError
+
+app = typer.Typer(
+    name="khet",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Release, watch and roll back leaf-disease models. Start with [bold]khet up[/], then [bold]khet release[/].",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Import and list training data.")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.command()
+def up(as_json: Json = False) -> None:
+    """Start the local stack and wait until it is healthy.
+
+    Example: khet up
+    """
+    from configs.settings import load_settings
+    from deployments import local
+    from flows.commands import stack
+
+    with stack.live(quiet=as_json) as on_event:
+        state = local.up(load_settings(), on_event=on_event)
+    stack.show(state, as_json=as_json)
+
+
+@app.command()
+def down(as_json: Json = False) -> None:
+    """Stop the local stack. Data, versions and credentials stay.
+
+    Example: khet down
+    """
+    from deployments import local
+    from flows.commands import stack
+
+    with stack.live(quiet=as_json) as on_event:
+        local.down(on_event=on_event)
+    if as_json:
+        stack.show(local.status(), as_json=True)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show what runs where, which version serves, and how the traffic is split.
+
+    Example: khet status --json
+    """
+    from flows.commands import stack
+
+    stack.show_status(as_json=as_json)
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Finish or undo interrupted releases.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check that everything is reachable, and find releases that were interrupted.
+
+    Example: khet doctor --fix
+    """
+    from flows.commands import health
+
+    health.run(fix=fix, as_json=as_json)
+
+
+@app.command()
+def deploy() -> None:
+    """Register the flows with the Prefect server: forms, schedules, concurrency limits.
+
+    Example: khet deploy
+    """
+    from flows.commands import deploying
+    from flows.terminal import out
+
+    for name in deploying.deploy():
+        out.print(f"deployed {name}")
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[str, typer.Argument(help="A folder with one folder per class, or s3://bucket/prefix.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the dataset.")],
+    as_json: Json = False,
+) -> None:
+    """Import photos: check every file, split them, and store them as a dataset.
+
+    Example: khet data import photos/ --name orchard
+    """
+    from flows.commands import datasets
+
+    datasets.import_source(source, name, as_json=as_json)
+
+
+@data_app.command("sample")
+def data_sample(
+    name: Annotated[str, typer.Option("--name", help="Name of the dataset.")] = "leaves",
+    count: Annotated[int | None, typer.Option("--count", min=80, help="Photos to generate.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the generator.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate leaf photos of eight classes and import them.
+
+    Example: khet data sample --name leaves --count 4000
+    """
+    from flows.commands import datasets
+
+    datasets.sample(name, count, seed, as_json=as_json)
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """List imported datasets.
+
+    Example: khet data list
+    """
+    from flows.commands import datasets
+
+    datasets.show_list(as_json=as_json)
+
+
+@app.command()
+def release(
+    config: Annotated[str, typer.Option("--config", help="Training configuration.")] = (
+        "configs/training/plant_disease.yaml"
+    ),
+    data: Annotated[
+        str | None, typer.Option("--data", help="Dataset to train on instead of the configuration's.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Roll out this published version instead of training.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, change nothing.")] = False,
+    resume: Annotated[str | None, typer.Option("--resume", help="Go on with an interrupted release.")] = None,
+    ask: Annotated[bool, typer.Option("--ask/--auto-promote", help="Wait for a person before promoting.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, export, publish, try on a share of the traffic, promote; or stop where it is not good enough.
+
+    Example: khet release --data leaves --ask
+    """
+    from flows.commands import running
+
+    running.release(
+        {"config": config, "data": data, "version": version, "dry_run": dry_run, "resume": resume, "ask": ask},
+        as_json=as_json,
+    )
+
+
+@app.command()
+def rollback(
+    to: Annotated[str, typer.Option("--to", help="Version to return to.")] = "previous",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, change nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take over from a release that is running.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Return all traffic to a version that served before, and verify it.
+
+    Example: khet rollback --to v1.2.0
+    """
+    from flows.commands import running
+
+    running.rollback({"to": to, "dry_run": dry_run, "force": force}, as_json=as_json)
+
+
+@app.command()
+def approve(
+    release_id: Annotated[str | None, typer.Argument(help="Release that waits. Empty: the only one that does.")] = None,
+    no: Annotated[bool, typer.Option("--no", help="Decline instead.")] = False,
+    comment: Annotated[str, typer.Option("--comment", help="Why; kept in the record.")] = "",
+) -> None:
+    """Answer a release that waits for a person (khet release --ask).
+
+    Example: khet approve 4f0c2d9a1b --comment "looks good"
+    """
+    from flows.commands import running
+
+    running.approve(release_id, approve=not no, comment=comment)
+
+
+@app.command()
+def releases(as_json: Json = False) -> None:
+    """List releases and rollbacks, newest last.
+
+    Example: khet releases
+    """
+    from flows.commands import catalogue
+
+    catalogue.show_releases(as_json=as_json)
+
+
+@app.command()
+def versions(as_json: Json = False) -> None:
+    """List published versions and where the aliases point.
+
+    Example: khet versions
+    """
+    from flows.commands import catalogue
+
+    catalogue.show_versions(as_json=as_json)
+
+
+@app.command()
+def show(
+    version: Annotated[str, typer.Argument(help="A version such as v1.3.0, or an alias.")], as_json: Json = False
+) -> None:
+    """Show one version: its scores, files and lineage.
+
+    Example: khet show production
+    """
+    from flows.commands import catalogue
+
+    catalogue.show_version(version, as_json=as_json)
+
+
+@app.command()
+def verify(
+    version: Annotated[str, typer.Argument(help="A version such as v1.3.0, or an alias.")], as_json: Json = False
+) -> None:
+    """Compare every stored file of a version with its signed manifest.
+
+    Example: khet verify v1.3.0
+    """
+    from flows.commands import catalogue
+
+    if not catalogue.verify_version(version, as_json=as_json):
+        raise typer.Exit(4)
+
+
+@app.command()
+def report(release_id: Annotated[str | None, typer.Argument(help="A release. Empty: the last one.")] = None) -> None:
+    """Fetch the report of a release and print where it lies.
+
+    Example: khet report
+    """
+    from flows.commands import catalogue
+
+    catalogue.fetch_report(release_id)
+
+
+@app.command()
+def predict(
+    photos: Annotated[list[Path], typer.Argument(help="Photos of leaves.", exists=True, dir_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """Ask the running service what is on a photo.
+
+    Example: khet predict leaf.jpg
+    """
+    from flows.commands import predicting
+
+    predicting.predict(photos, as_json=as_json)
+
+
+def main() -> None:
+    """Entry point: run a command, and turn errors into messages and exit codes."""
+    try:
+        app()
+    except KhetError as error:
+        _fail(error, as_json="--json" in sys.argv)
+
+
+def _fail(error: KhetError, *, as_json: bool) -> NoReturn:
+    from flows.terminal import print_error
+
+    print_error(error, as_json=as_json)
+    sys.exit(error.exit_code)

@@ -1,0 +1,1 @@
+"""What the terminal's commands do, one module a theme. `flows.cli` imports each when it is called."""

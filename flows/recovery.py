@@ -1,0 +1,103 @@
+"""After a crash: finish what was judged, undo what was not. The next run, hooks and `khet doctor --fix` use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flows.systems import Systems
+from ml.version import Version
+from tasks.cluster import Track
+from tasks.lease import Lease
+from tasks.rollout import journal as journals
+from tasks.rollout.journal import Journal, ReleaseRecord
+from tasks.rollout.procedure import Look
+
+
+def left_behind(systems: Systems, but: str | None = None) -> list[ReleaseRecord]:
+    """Releases that were begun and neither ended nor undone, except `but`."""
+    return [r for r in journals.unfinished(systems.store, systems.bucket) if r.release_id != but]
+
+
+def recover(systems: Systems, record: ReleaseRecord) -> str:
+    """Finish or undo one interrupted release; returns what was done, in a sentence. Repeatable."""
+    journal = Journal(systems.store, systems.bucket, record)
+    intent = record.intent
+    if intent is None:
+        sentence = "it had not changed anything yet"
+    elif intent.action == "canary":
+        undo_canary(systems, journal)
+        sentence = f"its canary {intent.version} was taken away; production serves {intent.previous or 'nothing'}"
+    else:
+        finish_switch(systems, Version.parse(intent.version), record)
+        sentence = f"{intent.version} had been judged; its promotion was finished"
+        journal.close("promoted" if record.kind == "release" else "rolled_back", (f"interrupted, and {sentence}",))
+        return _audited(systems, record, sentence)
+    journal.close("failed", (f"interrupted: {sentence}; `khet release --resume {record.release_id}` goes on",))
+    return _audited(systems, record, sentence)
+
+
+def recover_under_lease(systems: Systems, record: ReleaseRecord, lease_name: str, ttl_s: float) -> str:
+    """`recover`, when no live run holds the lease.
+
+    Raises:
+        SafetyError: one does.
+    """
+    with Lease.acquire(systems.store, systems.bucket, lease_name, record.release_id, ttl_s):
+        return recover(systems, journals.read(systems.store, systems.bucket, record.release_id))
+
+
+def undo_canary(systems: Systems, journal: Journal) -> None:
+    """Take an unjudged canary away, if this release had begun one."""
+    intent = journal.record.intent
+    if intent is None or intent.action != "canary":
+        return
+    if intent.previous is None:
+        systems.cluster.set_weights({})
+        systems.cluster.remove(Track.stable)
+    else:
+        systems.cluster.set_weights({Track.stable: 1.0})
+        systems.cluster.remove(Track.canary)
+    journal.change(intent=None)
+
+
+def finish_switch(systems: Systems, version: Version, record: ReleaseRecord) -> None:
+    """Serve `version` everywhere and point production at it: the end of a promotion or rollback. Repeatable."""
+    cluster, wanted = systems.cluster, systems.settings.cluster
+    cluster.deploy(Track.stable, version, wanted.replicas)
+    cluster.wait_ready(Track.stable, wanted.ready_timeout_s)
+    cluster.set_weights({Track.stable: 1.0})
+    systems.registry.move_alias("production", version, by=record.requested_by, reason="finished after an interruption")
+    cluster.remove(Track.canary)
+
+
+def _audited(systems: Systems, record: ReleaseRecord, sentence: str) -> str:
+    systems.audit.record(
+        actor=record.requested_by,
+        action="recover",
+        subject=record.release_id,
+        plan={},
+        outcome="done",
+        detail=sentence,
+        run_id=record.release_id,
+    )
+    return sentence
+
+
+def look_to_json(look: Look) -> dict[str, Any]:
+    """A look as the record keeps it."""
+    return {
+        "at": look.at.isoformat(),
+        "step": look.step,
+        "weight": look.weight,
+        "canary": dataclasses.asdict(look.canary),
+        "champion": dataclasses.asdict(look.champion),
+        "decision": look.verdict.decision.value,
+        "reasons": list(look.verdict.reasons),
+        "readings": [dataclasses.asdict(reading) for reading in look.verdict.readings],
+    }
+
+
+def last_reason(record: ReleaseRecord) -> str:
+    """The sentence of the last look, for a record that was interrupted after it."""
+    return "; ".join(record.looks[-1]["reasons"]) if record.looks else "its looks were not kept"

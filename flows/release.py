@@ -1,0 +1,164 @@
+"""Release a model: train, export, evaluate, gate, publish, canary, promote (runbook: Model Deployment)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow, get_run_logger, runtime
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from pydantic import Field
+
+from configs.base import load_yaml
+from configs.errors import GateError, KhetError
+from configs.settings import PROJECT_ROOT
+from configs.training import TrainingConfig
+from flows import hooks, reporting
+from flows.candidate import Candidate, build_candidate, plan_candidate
+from flows.session import ReleaseSession, open_session
+from ml.version import Version
+from tasks.rollout.journal import ReleaseRecord
+from tasks.rollout.policy import Decision, Verdict
+from tasks.rollout.procedure import Rollout
+from tasks.rollout.steps import canary_step, deploy_canary, first_deploy, promote, undo_canary
+
+DEFAULT_CONFIG = "configs/training/plant_disease.yaml"
+
+
+class Approval(RunInput):
+    """The form a person answers before a release is promoted."""
+
+    approve: bool = Field(default=False, description="Promote this version to all users.")
+    comment: str = Field(default="", max_length=500, description="Why; it is kept in the release record.")
+
+
+@flow(
+    name="release",
+    flow_run_name=lambda: f"release-{release_id()}",
+    on_crashed=[hooks.undo_release],
+    on_cancellation=[hooks.undo_release],
+    validate_parameters=True,
+)
+def release(
+    config: Annotated[str, Field(description="Training configuration, a YAML file of the project.")] = DEFAULT_CONFIG,
+    data: Annotated[str | None, Field(description="Name of an imported dataset. Empty: the configuration's.")] = None,
+    version: Annotated[
+        str | None, Field(description="Roll out this published version instead of training a new one.")
+    ] = None,
+    ask: Annotated[bool, Field(description="Pause for a person before promoting; no answer means no.")] = False,
+    dry_run: Annotated[bool, Field(description="Show what would be done, change nothing.")] = False,
+    resume: Annotated[str | None, Field(description="Id of an interrupted release to go on with.")] = None,
+) -> ReleaseRecord:
+    """Train a model and bring it to all users, step by step, or stop it where it is not good enough.
+
+    Raises:
+        GateError: the gate, the canary's judge or a person said no; production serves the champion.
+        KhetError: something failed; production serves the champion, and `--resume` goes on from there.
+    """
+    asked = {"config": config, "data": data, "version": version, "ask": ask}
+    if dry_run:
+        return show_plan(release_id(), load_config(config, data), version)
+    with open_session(release_id(), asked, resume) as session:
+        request = session.record.parameters
+        chosen = load_config(request["config"], request["data"])
+        candidate = build_candidate(session, chosen, request["version"])
+        if candidate.gate.decision is Decision.rollback:
+            return stop(session, candidate, "gated", candidate.gate)
+        rollout = session.plan_rollout(candidate)
+        verdict = try_on_traffic(session, rollout, candidate)
+        if verdict.decision is not Decision.promote:
+            undo_canary(rollout)
+            return stop(session, candidate, "rolled_back", verdict)
+        if request["ask"] and not approved(session, rollout):
+            undo_canary(rollout)
+            return stop(session, candidate, "declined", verdict)
+        promote(rollout, session.systems.registry, session.record.requested_by, "; ".join(verdict.reasons))
+        session.verify(rollout)
+        return finish(session, candidate, verdict)
+
+
+def release_id() -> str:
+    """The id of this release: the tail of the flow run's id (its head is a timestamp, equal for neighbours)."""
+    return str(runtime.flow_run.get_id() or "").replace("-", "")[-10:]
+
+
+def load_config(path: str, data: str | None) -> TrainingConfig:
+    """The training configuration; relative paths are taken from here, then from the project."""
+    file = Path(path)
+    if not file.is_absolute() and not file.exists():
+        file = PROJECT_ROOT / path
+    overrides = {"dataset": data} if data else {}
+    return load_yaml(TrainingConfig, file, **overrides)
+
+
+def try_on_traffic(session: ReleaseSession, rollout: Rollout, candidate: Candidate) -> Verdict:
+    """Shadow and canary steps, each judged; the verdict that ended them."""
+    if session.promotion_begun(candidate.version):
+        return session.earlier_verdict()
+    with session.replay(candidate) as tallies:
+        if rollout.plan.champion is None:
+            return session.note(first_deploy(rollout, tallies, session.systems.settings.gate.min_accuracy))
+        session.ensure_champion_serves(rollout.plan)
+        deploy_canary(rollout)
+        for weight in rollout.plan.steps:
+            verdict = session.note(canary_step(rollout, weight, tallies))
+            if verdict.decision is not Decision.advance:
+                break
+    return verdict
+
+
+def approved(session: ReleaseSession, rollout: Rollout) -> bool:
+    """Ask a person. Nobody is served by the canary while the question stands; a timeout means no."""
+    rollout.withdraw()
+    timeout_s = session.systems.settings.orchestrator.approval_timeout_s
+    session.say(f"waiting up to {timeout_s} s for a person: `khet approve {session.record.release_id}` or the UI")
+    try:
+        answer = pause_flow_run(wait_for_input=Approval, timeout=timeout_s, poll_interval=1, key="promote")
+    except FlowPauseTimeout:
+        session.say("nobody answered in time: not approved", "warning")
+        return False
+    session.say(f"{'approved' if answer.approve else 'declined'} by a person. {answer.comment}".strip())
+    return answer.approve
+
+
+def stop(session: ReleaseSession, candidate: Candidate, outcome: str, verdict: Verdict) -> ReleaseRecord:
+    """End without promotion: record it, report it, and fail the run with the reason.
+
+    Raises:
+        GateError: always.
+    """
+    reasons = verdict.reasons if outcome != "declined" else ("a person did not approve the promotion",)
+    record = session.close(outcome, reasons)
+    reporting.publish_report(session, candidate)
+    serving = f"Production still serves {record.champion}." if record.champion else "Nothing is served, as before."
+    words = {"gated": "stopped at the gate", "rolled_back": "rolled back", "declined": "declined"}
+    raise GateError(
+        f"Release {record.release_id} was {words[outcome]}: {'; '.join(reasons)}.\n{serving}\n"
+        f"Next: `khet report {record.release_id}` shows why."
+    )
+
+
+def finish(session: ReleaseSession, candidate: Candidate, verdict: Verdict) -> ReleaseRecord:
+    """End a promoted release: close the record, write the report, tidy up."""
+    record = session.close("promoted", verdict.reasons)
+    reporting.publish_report(session, candidate)
+    session.tidy()
+    return record
+
+
+def show_plan(run_id: str, config: TrainingConfig, version: str | None) -> ReleaseRecord:
+    """What a release would do, in sentences; nothing is changed.
+
+    Raises:
+        KhetError: what would stop it at once.
+    """
+    record, sentences = plan_candidate(run_id, config, Version.parse(version) if version else None)
+    for sentence in sentences:
+        get_run_logger().info("would: %s", sentence)
+    reporting.show_plan(record, sentences)
+    return record
+
+
+__all__ = ["Approval", "KhetError", "release"]

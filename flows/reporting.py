@@ -1,0 +1,166 @@
+"""What a release leaves for people: one HTML report in the object store, and cards, tables and pictures in Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import KhetError
+from configs.settings import home
+from ml.bundle import Manifest
+from tasks.prefect_support import show_link, show_markdown, show_picture, show_table
+from tasks.report import views
+from tasks.report.model import (
+    CanaryLook,
+    FileLine,
+    ReleaseReport,
+    Severity,
+    StageLine,
+    TimelineEvent,
+    VerdictView,
+    VersionCounters,
+)
+from tasks.report.pictures import timeline_png
+from tasks.report.render import render_html
+from tasks.report.tables import looks_table, render_markdown_card, stage_table
+from tasks.rollout.journal import PREFIX, ReleaseRecord
+from tasks.rollout.policy import Decision, GateReading, Verdict
+
+if TYPE_CHECKING:
+    from flows.candidate import Candidate
+    from flows.session import ReleaseSession
+
+LINK_DAYS = 7  # the longest a presigned address may live (S3 signature version 4)
+_SEVERITY: dict[str, Severity] = {"info": "info", "warning": "warning", "error": "bad"}
+
+
+def report_file(release_id: str) -> Path:
+    """Where the report lies on this machine."""
+    return home() / "reports" / f"{release_id}.html"
+
+
+def report_key(release_id: str) -> str:
+    """Where the report lies in the models bucket."""
+    return f"{PREFIX}{release_id}/report.html"
+
+
+def publish_report(session: ReleaseSession, candidate: Candidate | None) -> Path:
+    """Render the report, store it, and show its parts in the Prefect UI."""
+    report = build_report(session, candidate)
+    pictures = _pictures(candidate)
+    html = render_html(report, pictures)
+    file = report_file(session.id)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(html, encoding="utf-8")
+    store, bucket, key = session.systems.store, session.systems.bucket, report_key(session.id)
+    store.put(bucket, key, html.encode(), content_type="text/html; charset=utf-8")
+    _show(report, store.presigned_get(bucket, key, LINK_DAYS * 86400))
+    return file
+
+
+def _show(report: ReleaseReport, address: str) -> None:
+    run = report.release_id
+    show_markdown(f"release-{run}", render_markdown_card(report), report.title)
+    show_table(f"stages-{run}", [dict(row) for row in stage_table(report)], "Stages and their durations")
+    show_link(f"report-{run}", address, "Open the release report", f"The whole report; valid for {LINK_DAYS} days")
+    if report.looks:
+        show_table(f"looks-{run}", [dict(row) for row in looks_table(report)], "Looks at the canary")
+        show_picture(f"timeline-{run}", timeline_png(report.looks), "Canary: traffic, errors and latency")
+
+
+def show_plan(record: ReleaseRecord, sentences: Sequence[str]) -> None:
+    """The plan of a dry run, as a card."""
+    lines = [f"{number}. {sentence}" for number, sentence in enumerate(sentences, 1)]
+    show_markdown(f"plan-{record.release_id}", "\n".join(["# What a release would do", "", *lines]), "Dry run")
+
+
+def build_report(session: ReleaseSession, candidate: Candidate | None) -> ReleaseReport:
+    """Everything that is known of the release, as one record."""
+    record = session.record
+    manifest = _manifest(session, candidate)
+    return ReleaseReport(
+        release_id=record.release_id,
+        title=f"Release {record.version or record.release_id}",
+        version=record.version,
+        champion_version=record.champion,
+        outcome="failed" if record.outcome == "running" else record.outcome,
+        reasons=record.reasons,
+        started_at=record.started_at,
+        finished_at=record.finished_at or record.started_at,
+        requested_by=record.requested_by,
+        stages=tuple(StageLine(**stage.model_dump()) for stage in record.stages),
+        train=candidate.trained if candidate else None,
+        export=candidate.exported if candidate else None,
+        evaluation=candidate.evaluation if candidate else None,
+        champion_evaluation=candidate.champion_evaluation if candidate else None,
+        gate=views.holdout_view(candidate.gate) if candidate else None,
+        canary=_last_verdict(record),
+        looks=tuple(_look(look, record) for look in record.looks),
+        events=tuple(TimelineEvent(at=e.at, text=e.text, severity=_SEVERITY[e.severity]) for e in record.events),
+        lineage=manifest.lineage.model_dump(mode="json", exclude={"config"}) if manifest else {},
+        config=candidate.config.model_dump(mode="json") if candidate else {},
+        files=tuple(
+            FileLine(name=name, sha256=entry.sha256, size_bytes=entry.size_bytes)
+            for name, entry in (manifest.files.items() if manifest else ())
+        ),
+        links=_links(session),
+    )
+
+
+def _links(session: ReleaseSession) -> dict[str, str]:
+    bucket = session.systems.bucket
+    links = {"Record and report": f"s3://{bucket}/{PREFIX}{session.id}/"}
+    if session.record.version:
+        links["Model files"] = f"s3://{bucket}/{session.record.version}/"
+    if gateway := session.systems.settings.cluster.gateway_url:
+        links["Service"] = gateway
+    return links
+
+
+def _manifest(session: ReleaseSession, candidate: Candidate | None) -> Manifest | None:
+    if candidate is None or candidate.version is None:
+        return None
+    try:
+        return session.systems.registry.manifest(candidate.version)
+    except KhetError as error:
+        session.say(f"the report goes without lineage: {error}", "warning")
+        return None
+
+
+def _look(look: dict[str, Any], record: ReleaseRecord) -> CanaryLook:
+    return CanaryLook(
+        at=datetime.fromisoformat(look["at"]),
+        step=look["step"],
+        weight=look["weight"],
+        challenger=_counters(record.version or "?", look["canary"]),
+        champion=_counters(record.champion, look["champion"]) if record.champion else None,
+        decision=look["decision"],
+        reasons=tuple(look["reasons"]),
+    )
+
+
+def _counters(version: str, seen: dict[str, Any]) -> VersionCounters:
+    return VersionCounters(
+        version=version, **{name: seen[name] for name in VersionCounters.model_fields if name in seen}
+    )
+
+
+def _last_verdict(record: ReleaseRecord) -> VerdictView | None:
+    if not record.looks:
+        return None
+    last = record.looks[-1]
+    readings = tuple(GateReading(**reading) for reading in last["readings"])
+    return views.traffic_view(Verdict(Decision(last["decision"]), tuple(last["reasons"]), readings, {}))
+
+
+def _pictures(candidate: Candidate | None) -> dict[str, bytes]:
+    if candidate is None:
+        return {}
+    folders = (candidate.folder, candidate.folder.parent / "evaluation", candidate.folder.parent / "train")
+    pictures: dict[str, bytes] = {}
+    for folder in folders:
+        for file in sorted(folder.rglob("*.png")) if folder.is_dir() else ():
+            pictures.setdefault(str(file.relative_to(folder)), file.read_bytes())
+    return pictures

@@ -1,0 +1,298 @@
+"""One release from lease to record: what `flows.release` needs around its steps, so that it reads like the runbook."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import httpx
+from prefect import Task, get_run_logger
+
+from configs.errors import ConfigError, ExternalError, IntegrityError, KhetError, SafetyError
+from flows import recovery
+from flows.systems import Systems, requester, systems
+from flows.tidy import tidy_work_folders
+from ml.version import Version
+from tasks.cluster import Track
+from tasks.lease import Lease
+from tasks.progress import report
+from tasks.rollout.evidence import Probes
+from tasks.rollout.journal import Journal, Outcome, ReleaseRecord, Severity, StageRecord, StageState, utc_now
+from tasks.rollout.policy import Decision, Verdict
+from tasks.rollout.procedure import Clock, Look, Plan, Rollout, Tallies, plan_rollout, served_version
+from tasks.rollout.replay import Replayer
+
+if TYPE_CHECKING:
+    from flows.candidate import Candidate
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LEASE = "rollout"
+LEASE_TTL_S = 45.0
+# Looks closer together than this are not all kept: a long rollout would grow its record without telling more.
+LOOK_EVERY_S = 2.0
+RESUMABLE: frozenset[Outcome] = frozenset({"running", "failed"})
+
+
+class ReleaseSession:
+    """A release in progress: its record, its lease, and the systems it changes."""
+
+    def __init__(self, connected: Systems, journal: Journal, lease: Lease) -> None:
+        self.systems = connected
+        self._journal = journal
+        self._lease = lease
+        self._looked_at = 0.0
+        self._clock = Clock()
+
+    @property
+    def record(self) -> ReleaseRecord:
+        """The record as it stands in the object store."""
+        return self._journal.record
+
+    @property
+    def id(self) -> str:
+        """The release's id."""
+        return self.record.release_id
+
+    @property
+    def champion(self) -> Version | None:
+        """The version that production pointed at when the release began."""
+        return Version.parse(self.record.champion) if self.record.champion else None
+
+    def run(self, stage: str, step: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run one Prefect task as a stage of the record."""
+        self._lease.check()
+        report(stage, "running")
+        started, began = utc_now(), time.monotonic()
+        state = step(*args, return_state=True, **kwargs)
+        seconds = time.monotonic() - began
+        result = state.result(raise_on_failure=False)
+        failed = isinstance(result, BaseException)
+        kind: StageState = "failed" if failed else "cached" if state.name == "Cached" else "done"
+        note = str(result).splitlines()[0] if failed and str(result) else ""
+        line = StageRecord(name=stage, state=kind, started_at=started, duration_s=round(seconds, 3), note=note)
+        self._journal.change(stages=(*self.record.stages, line))
+        report(stage, kind, note or f"{seconds:.1f} s")
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def say(self, text: str, severity: Severity = "info") -> None:
+        """Add a line to the timeline, the log and the terminal."""
+        self._journal.say(text, severity)
+        get_run_logger().info(text)
+        report("release", "note", text)
+
+    def change(self, **values: Any) -> None:
+        """Write fields of the record."""
+        self._journal.change(**values)
+
+    def audit(
+        self, action: str, subject: str, outcome: str, detail: str = "", plan: Mapping[str, Any] | None = None
+    ) -> None:
+        """Leave a record of a change to a system."""
+        self.systems.audit.record(
+            actor=self.record.requested_by,
+            action=action,
+            subject=subject,
+            plan=dict(plan or {}),
+            outcome=outcome,  # type: ignore[arg-type]
+            detail=detail,
+            run_id=self.id,
+        )
+
+    def plan_rollout(self, candidate: Candidate) -> Rollout:
+        """The rollout of a candidate on the configured cluster."""
+        if candidate.version is None:
+            raise SafetyError("a candidate without a published version cannot be rolled out. Nothing was changed.")
+        current = self.systems.settings
+        plan = plan_rollout(
+            candidate.version,
+            self.champion,
+            current.canary,
+            replicas=current.cluster.replicas,
+            canary=current.cluster.canary_replicas,
+            comparable=candidate.comparable,
+        )
+        self.audit("rollout", str(plan.version), "intended", plan={"steps": plan.describe()})
+        return self.rollout(plan)
+
+    def rollout(self, plan: Plan) -> Rollout:
+        """A rollout of `plan` that stops when this process loses its lease."""
+        current = self.systems.settings
+        return Rollout(
+            self.systems.cluster,
+            self._journal,
+            plan,
+            current.canary,
+            current.judge,
+            current.cluster.ready_timeout_s,
+            guard=self._lease.check,
+            on_look=self._keep_look,
+            clock=self._clock,
+        )
+
+    def _keep_look(self, look: Look) -> None:
+        now = self._clock.monotonic()
+        report("canary", "running", f"{look.step}: {'; '.join(look.verdict.reasons)}")
+        if look.verdict.decision is Decision.wait and now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        self._journal.change(looks=(*self.record.looks, recovery.look_to_json(look)))
+
+    def note(self, verdict: Verdict) -> Verdict:
+        """Write a step's verdict into the timeline."""
+        severity: Severity = "error" if verdict.decision in (Decision.rollback, Decision.inconclusive) else "info"
+        self.say(f"{verdict.decision.value}: {'; '.join(verdict.reasons)}", severity)
+        return verdict
+
+    @contextlib.contextmanager
+    def replay(self, candidate: Candidate) -> Iterator[Tallies]:
+        """Labelled traffic through the gateway while the block runs, where settings or a first release ask for it."""
+        current = self.systems.settings
+        gateway = current.cluster.gateway_url
+        if gateway is None or not (current.replay.enabled or self.champion is None):
+            yield dict[str, Probes]
+            return
+        with Replayer(gateway, candidate.probes(current.replay.max_images), current.replay) as replayer:
+            yield replayer.tallies
+        if replayer.failed:
+            sample = "; ".join(replayer.failures())
+            self.say(
+                f"{replayer.failed} of {replayer.sent} replayed requests failed for the client: {sample}", "warning"
+            )
+
+    def ensure_champion_serves(self, plan: Plan) -> None:
+        """Production must be served before a canary is tried beside it.
+
+        Raises:
+            SafetyError: the cluster serves another version than the alias names.
+        """
+        served = served_version(self.systems.cluster)
+        if served == plan.champion or plan.champion is None:
+            return
+        if served is not None:
+            raise SafetyError(
+                f"The cluster serves {served} but production points at {plan.champion}. Nothing was changed.\n"
+                "Next: `khet rollback --to VERSION` makes both agree."
+            )
+        self.say(f"nothing is served yet: deploying the champion {plan.champion} first")
+        cluster = self.systems.cluster
+        cluster.deploy(Track.stable, plan.champion, plan.replicas)
+        cluster.wait_ready(Track.stable, self.systems.settings.cluster.ready_timeout_s)
+        cluster.set_weights({Track.stable: 1.0})
+
+    def promotion_begun(self, version: Version | None) -> bool:
+        """Whether an earlier attempt of this release had been judged and was promoting."""
+        intent = self.record.intent
+        return intent is not None and intent.action == "promote" and intent.version == str(version)
+
+    def earlier_verdict(self) -> Verdict:
+        """The verdict of the attempt that was interrupted while it promoted."""
+        reasons = (f"judged good before the interruption: {recovery.last_reason(self.record)}",)
+        return Verdict(Decision.promote, reasons, (), {})
+
+    def verify(self, rollout: Rollout) -> None:
+        """Check from outside that all agree: cluster, gateway and alias.
+
+        Raises:
+            IntegrityError: they do not.
+        """
+        wanted = rollout.plan.version
+        found = {
+            "cluster": served_version(self.systems.cluster),
+            "gateway": answering_version(self.systems.settings.cluster.gateway_url),
+            "alias": state.version if (state := self.systems.registry.alias("production")) else None,
+        }
+        wrong = {name: str(version) for name, version in found.items() if version != wanted}
+        if wrong:
+            raise IntegrityError(f"Promoted {wanted}, but {wrong}. Next: `khet doctor --fix`.")
+        self.say(f"verified: cluster, gateway and alias agree on {wanted}")
+
+    def close(self, outcome: str, reasons: tuple[str, ...]) -> ReleaseRecord:
+        """End the record."""
+        done = "done" if outcome == "promoted" else "undone"
+        self.audit("release", self.record.version or self.id, done, detail=f"{outcome}: {'; '.join(reasons)}")
+        return self._journal.close(outcome, reasons)  # type: ignore[arg-type]
+
+    def tidy(self) -> None:
+        """Remove local copies that no rollback needs."""
+        tidy_work_folders(self.systems.settings.registry.keep_work_folders)
+
+    def fail(self, error: BaseException) -> None:
+        """An error ended the release: no unjudged canary is left behind, and the record says why."""
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with contextlib.suppress(ExternalError):  # then the watchdog in the cluster and `khet doctor --fix` act
+            recovery.undo_canary(self.systems, self._journal)
+            # A promotion that was begun stays open: it was judged, so the next run finishes it.
+            outcome = "running" if self.record.intent else "failed"
+            self._journal.change(outcome=outcome, reasons=(text,), finished_at=utc_now())
+            self.audit("release", self.record.version or self.id, "failed", detail=text)
+        report("release", "failed", text)
+
+
+@contextlib.contextmanager
+def open_session(run_id: str, asked: Mapping[str, Any], resume: str | None) -> Iterator[ReleaseSession]:
+    """Hold the one release lease, finish or undo what others left, and open this release's record.
+
+    Raises:
+        SafetyError: another release is running.
+        ConfigError: nothing to resume under that id.
+    """
+    connected = systems()
+    owner = resume or run_id
+    with Lease.acquire(connected.store, connected.bucket, LEASE, owner, LEASE_TTL_S) as lease:
+        for left in recovery.left_behind(connected, but=owner):
+            recovery.recover(connected, left)
+        session = ReleaseSession(connected, _open_journal(connected, run_id, asked, resume), lease)
+        report("release", "note", f"release {session.id}")
+        try:
+            yield session
+        except KhetError as error:
+            if session.record.outcome == "running":
+                session.fail(error)
+            raise
+        except BaseException as error:
+            session.fail(error)
+            raise
+
+
+def _open_journal(connected: Systems, run_id: str, asked: Mapping[str, Any], resume: str | None) -> Journal:
+    if resume is None:
+        return Journal.start(connected.store, connected.bucket, _new_record(connected, run_id, asked))
+    journal = connected.journal(resume)
+    if journal.record.outcome not in RESUMABLE:
+        raise ConfigError(
+            f"Release {resume} ended as {journal.record.outcome}: there is nothing to resume. Nothing was changed."
+        )
+    journal.change(outcome="running", finished_at=None, reasons=())
+    journal.say("resumed")
+    return journal
+
+
+def _new_record(connected: Systems, run_id: str, asked: Mapping[str, Any]) -> ReleaseRecord:
+    production = connected.registry.alias("production")
+    return ReleaseRecord(
+        release_id=run_id,
+        started_at=utc_now(),
+        requested_by=requester(),
+        parameters=dict(asked),
+        champion=str(production.version) if production else None,
+    )
+
+
+def answering_version(gateway_url: str | None) -> Version | None:
+    """The version that answers at the gateway, None when nobody does.
+
+    Raises:
+        ExternalError: the gateway itself cannot be reached.
+    """
+    if gateway_url is None:
+        return None
+    try:
+        answer = httpx.get(f"{gateway_url.rstrip('/')}/version", timeout=10)
+    except httpx.HTTPError as error:
+        raise ExternalError(f"The gateway at {gateway_url} does not answer: {error}. Next: `khet status`.") from error
+    return Version.parse(answer.json()["model_version"]) if answer.status_code == 200 else None

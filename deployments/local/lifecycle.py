@@ -64,16 +64,16 @@ def down(*, on_event: OnEvent = _ignore) -> None:
         return
     started = time.monotonic()
     before = status()
+    left = {part.name for part in before.parts if part.state is not Phase.stopped}
     supervisor = _supervisor_soon(layout)
     if supervisor is not None:
         supervisor.signal(signal.SIGTERM)
-        _watch_stop(layout, supervisor, before, on_event, started)
+        _watch_stop(layout, supervisor, left, on_event, started)
         supervisor.signal(signal.SIGKILL)
     if stack.leftovers(layout.root):
         stop_everything(layout, 4.0)
-    for part in before.parts:
-        if part.state is not Phase.stopped:
-            _tell(on_event, part.name, Phase.stopped, "stopped", started)
+    for name in sorted(left):
+        _tell(on_event, name, Phase.stopped, "stopped", started)
     layout.supervisor.unlink(missing_ok=True)
     layout.state.unlink(missing_ok=True)
 
@@ -174,8 +174,8 @@ def _tell(on_event: OnEvent, part: str, state: Phase, detail: str, started: floa
     on_event(PartEvent(part=part, state=state, detail=detail, elapsed_s=round(time.monotonic() - started, 2)))
 
 
-def _watch_stop(layout: Layout, who: Identity, before: StackState, on_event: OnEvent, started: float) -> None:
-    left = {p.name for p in before.parts if p.state is not Phase.stopped}
+def _watch_stop(layout: Layout, who: Identity, left: set[str], on_event: OnEvent, started: float) -> None:
+    """Tell which of `left` have ended, and take them off, until the supervisor itself has."""
     while _alive(who) and time.monotonic() - started < _DOWN_S:
         running = stack.running(layout)
         for name in sorted(left - running.keys()):

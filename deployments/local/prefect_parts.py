@@ -59,13 +59,20 @@ class PrefectServer:
         return self.site.url("prefect")
 
     @property
-    def _registered(self) -> Path:
-        version = importlib.metadata.version("prefect")
-        return self.site.layout.prefect / f".block-types-{version}"
+    def _database(self) -> Path:
+        return self.site.layout.prefect / "prefect.db"
+
+    @property
+    def _initialised(self) -> Path:
+        """Touched when this database first answered under this version of Prefect."""
+        return self.site.layout.prefect / f".initialised-{importlib.metadata.version('prefect')}"
 
     def prepare(self) -> None:
-        """Its folder."""
+        """Its folder; a database that was killed during its very first migration is begun anew."""
         private_folder(self.site.layout.prefect)
+        if not any(self.site.layout.prefect.glob(".initialised-*")):
+            for suffix in ("", "-wal", "-shm"):
+                self._database.with_name(self._database.name + suffix).unlink(missing_ok=True)
 
     def launch(self) -> Launch:
         """uvicorn with Prefect's own application: without Prefect's command line it is ready seconds earlier."""
@@ -85,10 +92,9 @@ class PrefectServer:
         api = api_of(self.site)
         ensure_pool(api, self.site.settings.orchestrator.work_pool)
         ensure_automations(api, self.site.settings.orchestrator.heartbeat_s)
-        self._registered.touch()
+        self._initialised.touch()
 
     def _environment(self) -> dict[str, str]:
-        home = self.site.layout.prefect
         environment = flow_environment(self.site.settings, self.site.layout.root) | {
             "PREFECT_API_URL": self.site.api_url,
             "PREFECT__SERVER_FINAL": "1",
@@ -96,14 +102,14 @@ class PrefectServer:
             "PREFECT_SERVER_API_PORT": str(self.site.ports["prefect"]),
             "PREFECT_SERVER_UI_API_URL": self.site.api_url,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._database}",
             # In memory (the default) a server restart would crash a healthy run at its first lease renewal.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             # Events alone is the default; flow runs would be kept for ever.
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
             "PREFECT_SERVER_ENCRYPTION_KEY": self.site.secrets.prefect_encryption_key,
             # Once a Prefect version has registered its block types in this database it need not do so at every start.
-            "PREFECT_API_BLOCKS_REGISTER_ON_START": "false" if self._registered.exists() else "true",
+            "PREFECT_API_BLOCKS_REGISTER_ON_START": "false" if self._initialised.exists() else "true",
         }
         if self.site.prefect_auth:
             environment["PREFECT_SERVER_API_AUTH_STRING"] = self.site.prefect_auth
@@ -117,7 +123,7 @@ class PrefectWorker:
 
     site: Site
     name: str = "prefect-worker"
-    needs: tuple[str, ...] = ("prefect-server",)
+    needs: tuple[str, ...] = ()  # it waits for the server by itself, importing Prefect meanwhile
     ports: tuple[str, ...] = ()
     stop_signal: signal.Signals = signal.SIGTERM
 

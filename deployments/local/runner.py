@@ -87,7 +87,7 @@ class Runner(threading.Thread):
                 self._show(Phase.starting, "found running", adopted=who != self._own)
                 return
         self._end_remains()
-        self._show(Phase.starting, "starting", adopted=False)
+        self._show(Phase.starting, "preparing", adopted=False)
         self.part.prepare()
         self._refuse_taken_ports()
         self._process = process.spawn(self.part.launch())
@@ -96,6 +96,7 @@ class Runner(threading.Thread):
             raise ExternalError(f"{self.part.name}: ended at once with {self._process.poll()}")
         process.remember(path, self._who, self.part.launch().fingerprint)
         self._state = self._state.model_copy(update={"pid": self._who.pid, "since": datetime.now(UTC)})
+        self._show(Phase.starting, "waiting for it to answer")
 
     @property
     def _own(self) -> Identity | None:

@@ -18,6 +18,7 @@ from deployments.local.seaweedfs import shared_sockets
 # PostgreSQL rolls running transactions back on SIGINT; SIGTERM would wait for its clients.
 _SIGNALS = {"postgres": signal.SIGINT}
 _SERVERS = ("prefect-server", "postgres", "object-store")
+_SERVERS_S = 4.5
 _KILLED_IN_S = 1.0
 
 
@@ -31,7 +32,8 @@ def stop_everything(layout: Layout, timeout_s: float) -> None:
     for name in _SERVERS:
         if name in running:
             running[name].signal(_SIGNALS.get(name, signal.SIGTERM))
-    process.wait_gone(servers, max(deadline - time.monotonic(), 0.1), reap_children)
+    # A Prefect server in the middle of its start hears no signal; the others need 0.1 to 3.5 s.
+    process.wait_gone(servers, max(min(deadline - time.monotonic(), _SERVERS_S), 0.1), reap_children)
     _kill(stack.leftovers(layout.root))
     for socket in shared_sockets(remembered(layout.ports)):
         socket.unlink(missing_ok=True)

@@ -5,7 +5,20 @@ Nothing outside this folder knows that they are embedded: everybody else reads a
 
 from __future__ import annotations
 
+from deployments.local.doctor import doctor
 from deployments.local.lifecycle import down, status, up
+from deployments.local.prefect_parts import flow_environment
 from deployments.local.state import Check, PartEvent, PartState, Phase, StackState
 
-__all__ = ["Check", "PartEvent", "PartState", "Phase", "StackState", "down", "status", "up"]
+__all__ = [
+    "Check",
+    "PartEvent",
+    "PartState",
+    "Phase",
+    "StackState",
+    "doctor",
+    "down",
+    "flow_environment",
+    "status",
+    "up",
+]

@@ -13,6 +13,7 @@ from typing import Any, Final
 import uvicorn
 
 from configs.errors import ConfigError, KhetError
+from ml.serving.protocol import LimitedProtocol
 from ml.serving.service import LoadedModel, PredictionSink, Service
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=LimitedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -85,7 +85,7 @@ class ExportResult(Record):
 
 
 class ClassScore(Record):
-    """Scores of one class; recall with its 95 % Wilson interval."""
+    """Scores of one class; recall and precision with their 95 % Wilson intervals."""
 
     name: str
     support: int
@@ -94,6 +94,8 @@ class ClassScore(Record):
     recall_high: float
     precision: float
     f1: float
+    precision_low: float = 0.0
+    precision_high: float = 1.0
 
 
 class SeverityScore(Record):

@@ -70,7 +70,7 @@ class NodeProcess:
     def settings(self) -> ClusterSettings:
         return ClusterSettings(
             node_url=self.node_url,
-            node_token=self.token,  # type: ignore[arg-type]
+            node_token=self.token,
             gateway_url=self.gateway_url,
             replica_command=self.command,
             **{"health_interval_s": 0.2, "ready_timeout_s": 20.0, **self.cluster},

@@ -38,7 +38,7 @@ _PASSED_ON = ("/version", "/metadata")
 _PATIENCE_S = 3.0  # a replica that was killed is back within about this time
 _MAX_BUFFERED_BYTES = 256_000_000
 _MULTIPART_BYTES = 65_536  # what a form may add to the largest image
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # what the replicas accept, too
 _NOT_FORWARDED = frozenset(
     (b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"te", b"trailer", b"upgrade",
      b"expect", b"proxy-connection", b"x-request-id", b"x-khet-track", b"x-khet-shadow")
@@ -74,11 +74,12 @@ class Served:
 
 
 class RefusedError(Exception):
-    """The gateway itself answers: `status` and a sentence."""
+    """The gateway itself answers: `status`, a word for programs and a sentence for people."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, status: int, error: str, detail: str) -> None:
+        super().__init__(detail)
         self.status = status
+        self.error = error
 
 
 class Gateway:
@@ -119,24 +120,24 @@ class Gateway:
         path, method = request.path, request.method
         if path == "/predict":
             if method != "POST":
-                raise RefusedError(405, "use POST")
+                raise RefusedError(405, "method_not_allowed", "Use POST with the bytes of a photo.")
             return await self._predict(request, request_id)
         if method not in ("GET", "HEAD"):
-            raise RefusedError(404 if path not in _PASSED_ON else 405, f"nothing is served at {method} {path}")
+            raise RefusedError(405, "method_not_allowed", "Use GET.")
         if path == "/healthz":
             return web.json_response({"status": "ok", "ready": {t: self._fleet.ready_count(t) for t in Track}})
         if path == "/metrics":
             return web.Response(text=self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
         if path in _PASSED_ON:
             return await self._pass_on(request, request_id)
-        raise RefusedError(404, f"nothing is served at {path}")
+        raise RefusedError(404, "not_found", "Predictions are at POST /predict.")
 
     async def _predict(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         pinned = self._pinned(request)
         body = await self._read(request)
         if self.in_flight >= self._limits.max_in_flight or self._buffered + len(body) > _MAX_BUFFERED_BYTES:
             self.rejected["overload"] += 1
-            raise RefusedError(503, "too many requests are in flight")
+            raise RefusedError(503, "overloaded", "Too many requests are in flight.")
         self.in_flight += 1
         self._buffered += len(body)
         try:
@@ -152,13 +153,13 @@ class Gateway:
         """A question about the model, to stable (or the pinned track); not counted."""
         replica = self._fleet.pick(self._pinned(request) or Track.stable)
         if replica is None:
-            raise RefusedError(503, "no replica is ready")
+            raise RefusedError(503, "unavailable", "No replica is ready.")
         head = _head(request, request_id, 0) + b"\r\n"
         try:
             answer = await replica.pool.send(head, b"", self._limits.request_timeout_s)
         except (BrokenError, TimeoutError) as error:
             replica.check_now.set()
-            raise RefusedError(502, "the replica did not answer") from error
+            raise RefusedError(502, "bad_gateway", "The replica did not answer.") from error
         return _response(Served(answer, replica), request_id)
 
     def _pinned(self, request: web.BaseRequest) -> Track | None:
@@ -167,22 +168,24 @@ class Gateway:
             return None
         sent = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(sent, self._token):
-            raise RefusedError(403, f"{TRACK_HEADER} needs the node's token")
+            raise RefusedError(403, "forbidden", f"{TRACK_HEADER} needs the node's token.")
         if named not in tuple(Track):
-            raise RefusedError(400, f"{TRACK_HEADER}: no such track")
+            raise RefusedError(400, "bad_request", f"{TRACK_HEADER}: no such track.")
         return Track(named)
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         limit = self._limits.max_body_bytes + _MULTIPART_BYTES
         if (request.content_length or 0) > limit:
-            raise RefusedError(413, f"the body is larger than {self._limits.max_body_bytes} bytes")
+            raise RefusedError(413, "too_large", f"The body is larger than {self._limits.max_body_bytes} bytes.")
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
                 return await _read_up_to(request, limit)
         except TimeoutError as error:
-            raise RefusedError(408, f"the body was not here after {self._limits.body_timeout_s:g} s") from error
+            raise RefusedError(
+                408, "timeout", f"The body was not here after {self._limits.body_timeout_s:g} s."
+            ) from error
 
     async def _serve(self, call: Call) -> Served:
         """The answer a user gets; see the module's text.
@@ -199,7 +202,7 @@ class Gateway:
             served = served or await self._ask_when_ready(call)
         if served is None:
             self.rejected["no_replica"] += 1
-            raise RefusedError(503, "no replica answered")
+            raise RefusedError(503, "unavailable", "No replica answered.")
         return served
 
     async def _ask_when_ready(self, call: Call) -> Served | None:
@@ -262,7 +265,7 @@ async def _read_up_to(request: web.BaseRequest, limit: int) -> bytes:
     while chunk := await request.content.readany():
         size += len(chunk)
         if size > limit:
-            raise RefusedError(413, f"the body is larger than {limit} bytes")
+            raise RefusedError(413, "too_large", f"The body is larger than {limit} bytes.")
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -299,4 +302,5 @@ def _refusal(refused: RefusedError, request_id: str) -> web.Response:
         headers["Retry-After"] = "1"
     if refused.status == 405:
         headers["Allow"] = "POST" if "POST" in str(refused) else "GET, HEAD"
-    return web.json_response({"detail": str(refused)}, status=refused.status, headers=headers)
+    body = {"error": refused.error, "detail": str(refused), "request_id": request_id}
+    return web.json_response(body, status=refused.status, headers=headers)

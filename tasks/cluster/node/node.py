@@ -94,6 +94,16 @@ class Node:
         await self.supervisor.adopt()
         self._tasks = [asyncio.create_task(self._reconcile_forever()), asyncio.create_task(self._keep_house())]
 
+    async def run_until(self, asked: asyncio.Event) -> None:
+        """Return when `asked` is set. A loop that died ends the process instead: a node that no longer reconciles must
+        not look alive, and the next one adopts the replicas."""
+        waiting = asyncio.create_task(asked.wait())
+        done, _ = await asyncio.wait({waiting, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        for task in done - {waiting}:
+            if not task.cancelled():
+                task.result()
+
     async def stop(self, *, replicas: bool) -> None:
         """Stop; with `replicas` they are ended too, else they run on for the next node to adopt."""
         for task in self._tasks:

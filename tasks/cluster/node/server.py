@@ -60,7 +60,7 @@ async def _serve(store: Store, options: Options, data: tuple[str, int], api: tup
         async with _listening(web.AppRunner(app, access_log=None), api):
             log.info("the gateway listens on %s:%d, the control API on %s:%d", *data, *api)
             over.watch_signals()
-            await over.asked.wait()
+            await node.run_until(over.asked)
     await over.finish()
 
 

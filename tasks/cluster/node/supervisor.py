@@ -201,7 +201,7 @@ class Supervisor:
     async def _watch_health(self, replica: Replica) -> None:
         """Check /readyz until the replica is gone; at once when a request found it broken."""
         while replica in self._fleet:
-            if replica.handle is not None:
+            if replica.handle is not None and not replica.record.retiring:
                 await self._check(replica)
             pause = self._launch.check_interval_s if replica.health is Health.ready else TICK_S
             try:
@@ -221,7 +221,7 @@ class Supervisor:
             found = Health.slow
         else:
             found = Health.ready if answer.status == 200 else Health.down
-        if replica.handle is handle:  # else it died and was started again meanwhile
+        if replica.handle is handle and not replica.record.retiring:  # else it died or was replaced meanwhile
             self._judge(replica, found)
 
     def _judge(self, replica: Replica, found: Health) -> None:

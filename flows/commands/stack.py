@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from configs.errors import ConfigError, ExternalError
 from configs.settings import load_settings
 from deployments import local
+from deployments.local import PartEvent, StackState
 from flows.terminal import err, out, print_json, print_table
 
 _MARKS = {"running": "[green]●[/]", "starting": "[yellow]●[/]", "failed": "[red]●[/]", "stopped": "[dim]○[/]"}
 
 
 @contextlib.contextmanager
-def live(*, quiet: bool) -> Iterator[Callable[[Any], None]]:
+def live(*, quiet: bool) -> Iterator[Callable[[PartEvent], None]]:
     """Print what happens to each part as it happens."""
 
-    def show_event(event: Any) -> None:
+    def show_event(event: PartEvent) -> None:
         if not quiet:
             err.print(f"  {_MARKS.get(event.state, '·')} {event.part:<15} ", end="")
-            err.print(f"{event.state} {event.text}".rstrip(), markup=False)
+            err.print(f"{event.state:<9} {event.elapsed_s:5.1f} s  {event.detail}".rstrip(), markup=False)
 
     yield show_event
 
 
-def show(state: Any, *, as_json: bool) -> None:
+def show(state: StackState, *, as_json: bool) -> None:
     """The parts of the stack, and where to look."""
     if as_json:
         print_json(state)
@@ -37,7 +39,7 @@ def show(state: Any, *, as_json: bool) -> None:
             part.state,
             part.address,
             part.pid,
-            _age(part.uptime_s),
+            _age(part.since),
             part.restarts,
         ]
         for part in state.parts
@@ -87,9 +89,9 @@ def _traffic() -> Any:
         return f"No cluster status: {error}"
 
 
-def _age(seconds: float | None) -> str:
-    if seconds is None:
+def _age(since: datetime | None) -> str:
+    if since is None:
         return "–"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(int((datetime.now(UTC) - since).total_seconds()), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes}m" if hours else f"{minutes}m {rest}s"

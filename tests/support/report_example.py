@@ -245,15 +245,8 @@ def _look_reasons(decision: str, bad: str) -> tuple[str, ...]:
         "continue": ("the canary needs more requests before this step is judged",),
         "advance": ("no limit was broken by the canary",),
         "promote": ("no limit was broken at any step",),
-        "rollback": (REASONS.get(bad, "the canary broke a limit"),),
+        "rollback": (f"the canary was {bad}: a limit was broken",),
     }.get(decision, ())
-
-
-REASONS = {
-    "slow": "the canary answered 96.0 % of 120 requests slower than 250 ms; 10.0 % is the limit",
-    "failing": "the canary answered 10.0 % of 120 requests with an error; 2.0 % is the limit",
-    "wrong": "the canary was wrong on 86.7 % of 120 labelled probes, the champion on 5.4 %; 10.4 % is the limit",
-}
 
 
 def _live_verdict(made: tuple[CanaryLook, ...]) -> Any:

@@ -26,6 +26,17 @@ _BREAKS = re.compile(r"(?<=[_/-])")
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
+# Strokes in a box of 24 x 24: drawn, because no font is sure to have these signs.
+_ICONS = {
+    "promoted": "M5 12.5l4.5 4.5L19 7.5",
+    "gated": "M12 5v9M12 18.4v.2",
+    "rolled_back": "M9 6L4.5 10.5 9 15M5 10.5h8.5a5 5 0 0 1 0 9H11",
+    "declined": "M12 5v9M12 18.4v.2",
+    "failed": "M6.5 6.5l11 11M17.5 6.5l-11 11",
+    "dry_run": "M7 6v12M12 6v12M17 6v12",
+}
+
+
 def render_html(report: ReleaseReport, pictures: Mapping[str, bytes] | None = None) -> str:
     """The whole report as HTML. `pictures` maps the names in `report.evaluation` to PNG, JPEG, GIF or WebP files."""
     return str(_template().render(page=_page(report, dict(pictures or {})), report=report))
@@ -62,11 +73,12 @@ def _page(report: ReleaseReport, pictures: dict[str, bytes]) -> dict[str, Any]:
     """Everything the template prints, computed."""
     return {
         "mood": story.OUTCOME_MOOD[report.outcome],
-        "sign": story.OUTCOME_SIGN[report.outcome],
+        "icon": _ICONS[report.outcome],
         "word": story.OUTCOME_WORD[report.outcome],
         "headline": story.headline(report),
         "lead": story.lead(report),
         "challenger": report.version or "challenger",
+        "challenger_legend": f"{report.version}, challenger" if report.version else "challenger",
         "champion": report.champion_version or "champion",
         "took": words.duration((report.finished_at - report.started_at).total_seconds()),
         "numbers": story.key_numbers(report),
@@ -100,7 +112,7 @@ class GateLine:
 
 @dataclass(frozen=True, slots=True)
 class VerdictBlock:
-    """A verdict with its table."""
+    """A verdict with its table; `reasons` leaves out what a row already says."""
 
     title: str
     word: str
@@ -119,7 +131,9 @@ def _verdict(title: str, verdict: VerdictView, *, holdout: bool) -> VerdictBlock
     mood = charts.mood_of(verdict.decision)
     word = ("stopped" if mood == "bad" else "passed") if holdout else verdict.decision
     rows = tuple(_gate_line(row) for row in verdict.gates)
-    return VerdictBlock(title, word, mood, verdict.reasons, rows, any(g.champion is not None for g in verdict.gates))
+    told = {row.note for row in verdict.gates}
+    reasons = tuple(reason for reason in verdict.reasons if reason not in told)
+    return VerdictBlock(title, word, mood, reasons, rows, any(g.champion is not None for g in verdict.gates))
 
 
 def _gate_line(row: GateRow) -> GateLine:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ml.results import Evaluation, Mistake
+from ml.results import ClassScore, Evaluation, Mistake
 from tasks.report import words
 from tasks.report.charts import bar_row, dot_row
 from tasks.report.pictures import data_uri, find
@@ -59,13 +59,19 @@ def class_rows(ours: Evaluation, theirs: Evaluation | None) -> list[ClassRow]:
             c.name,
             c.support,
             words.percent(c.recall),
-            f"{words.percent(c.recall_low)} to {words.percent(c.recall_high)}",
+            _interval(c),
             words.percent(before.get(c.name)),
             words.percent(c.precision),
             dot_row(c.recall, c.recall_low, c.recall_high, before.get(c.name), floor),
         )
         for c in ordered
     ]
+
+
+def _interval(score: ClassScore) -> str:
+    if not (words.known(score.recall_low) and words.known(score.recall_high)):
+        return words.DASH
+    return f"{words.percent(score.recall_low)} to {words.percent(score.recall_high)}"
 
 
 def axis_labels(floor: float) -> list[str]:

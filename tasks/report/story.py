@@ -27,11 +27,11 @@ OUTCOME_MOOD: dict[Outcome, Mood] = {
 }
 OUTCOME_SIGN: dict[Outcome, str] = {
     "promoted": "✓",
-    "gated": "✋︎",
-    "rolled_back": "↩︎",
-    "declined": "✋︎",
+    "gated": "!",
+    "rolled_back": "↩",
+    "declined": "!",
     "failed": "✕",
-    "dry_run": "◌",
+    "dry_run": "○",
 }
 OUTCOME_WORD: dict[Outcome, str] = {
     "promoted": "Promoted",
@@ -61,7 +61,7 @@ def headline(report: ReleaseReport) -> str:
         return f"{name} was not approved."
     if report.outcome == "failed":
         stage = failed_stage(report)
-        return f"The release failed in {stage}." if stage else "The release failed."
+        return f"The release failed at the stage “{stage}”." if stage else "The release failed."
     return "This was a rehearsal: nothing was changed."
 
 
@@ -95,7 +95,8 @@ def lead(report: ReleaseReport) -> str:
     before = {"rolled_back": "All traffic is back on", "dry_run": "Production still is"}
     if report.outcome in before:
         return f"{before[report.outcome]} {champion}."
-    return f"Production still is {champion}; users noticed nothing."
+    unseen = "" if _was_live(report) else "; no user saw the challenger"
+    return f"Production still is {champion}{unseen}."
 
 
 def _was_live(report: ReleaseReport) -> bool:

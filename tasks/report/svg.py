@@ -80,7 +80,7 @@ def decade_ticks(low: float, high: float) -> list[float]:
         return decades
     dense = sorted(decades + [3 * d for d in decades[:-1]])
     lower = max((t for t in dense if t <= low), default=dense[0])
-    upper = min((t for t in dense if t >= high), default=dense[-1])
+    upper = min((t for t in dense if t >= high and t > lower), default=dense[-1])
     return [t for t in dense if lower <= t <= upper]
 
 

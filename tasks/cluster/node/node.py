@@ -79,8 +79,8 @@ class Node:
             self.fleet, self.router, self._book, self._mirror, options.limits, options.token, self.metrics
         )
 
-    async def start(self) -> None:
-        """Read the state, adopt what runs, begin to reconcile.
+    async def start(self, *, reconciling: bool = True) -> None:
+        """Read the state, adopt what runs, begin to reconcile (or leave that to calls of `reconcile`).
 
         Raises:
             IntegrityError: the desired state cannot be read.
@@ -92,7 +92,8 @@ class Node:
         self._use(desired)
         await self._expire_if_due()
         await self.supervisor.adopt()
-        self._tasks = [asyncio.create_task(self._reconcile_forever()), asyncio.create_task(self._keep_house())]
+        if reconciling:
+            self._tasks = [asyncio.create_task(self._reconcile_forever()), asyncio.create_task(self._keep_house())]
 
     async def run_until(self, asked: asyncio.Event) -> None:
         """Return when `asked` is set. A loop that died ends the process instead: a node that no longer reconciles must

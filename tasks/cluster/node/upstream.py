@@ -147,6 +147,11 @@ class Pool:
         self._idle: deque[Connection] = deque()
         self._open: set[Connection] = set()
 
+    @property
+    def busy(self) -> int:
+        """Connections that are in use."""
+        return len(self._open) - len(self._idle)
+
     async def send(self, head: bytes, body: bytes, timeout_s: float) -> Answer:
         """Send a request on a kept connection, or on a new one. A connection that turns out to have been closed as
         idle is replaced once: the replica never saw the request.

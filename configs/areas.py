@@ -228,6 +228,9 @@ class StackSettings(Area):
     database: Literal["embedded", "external"] = Field(
         default="embedded", description="external: database.dsn says where."
     )
+    orchestrator: Literal["embedded", "external"] = Field(
+        default="embedded", description="external: orchestrator.api_url says where; its workers run elsewhere too."
+    )
     postgres_bin: Path | None = Field(
         default=None, description="Folder with initdb and pg_ctl. None: the wheel's, then PATH."
     )

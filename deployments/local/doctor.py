@@ -90,6 +90,8 @@ def _prefect(settings: Settings) -> str:
 
 
 def _worker(settings: Settings) -> str:
+    if settings.stack.orchestrator == "external":
+        return "runs elsewhere, as the orchestrator does"
     pool = settings.orchestrator.work_pool
     seen = last_heartbeat(_api(settings), pool)
     if seen is None:

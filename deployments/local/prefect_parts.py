@@ -102,6 +102,8 @@ class PrefectServer:
             "PREFECT_SERVER_API_PORT": str(self.site.ports["prefect"]),
             "PREFECT_SERVER_UI_API_URL": self.site.api_url,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            # Else it unpacks them beside its own code, which may be read-only and belongs to every stack.
+            "PREFECT_UI_STATIC_DIRECTORY": str(self.site.layout.prefect / "ui"),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._database}",
             # In memory (the default) a server restart would crash a healthy run at its first lease renewal.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

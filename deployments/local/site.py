@@ -72,7 +72,6 @@ class Site:
         """What other processes must know, in the shape of `configs.settings.Settings`."""
         private, public = signing_keys(self.layout.keys)
         written: dict[str, dict[str, Any]] = {
-            "orchestrator": {"api_url": self.api_url},
             "registry": {"signing_key": str(private), "trusted_keys": [str(public)]},
             "cluster": {
                 "node_url": self.url("node"),
@@ -80,8 +79,9 @@ class Site:
                 "gateway_url": self.url("gateway"),
             },
         }
-        if self.prefect_auth:
-            written["orchestrator"]["auth_string"] = self.prefect_auth
+        if self.settings.stack.orchestrator == "embedded":
+            auth = {"auth_string": self.prefect_auth} if self.prefect_auth else {}
+            written["orchestrator"] = {"api_url": self.api_url, **auth}
         if self.settings.stack.object_store == "embedded":
             written["object_store"] = {
                 "endpoint_url": self.url("s3"),
@@ -97,7 +97,7 @@ class Site:
         path = self.layout.settings
         current = read_yaml(path) if path.exists() else {}
         merged = {area: dict(values or {}) for area, values in current.items()}
-        if not self.settings.stack.prefect_auth:
+        if self.settings.stack.orchestrator == "embedded" and not self.prefect_auth:
             merged.get("orchestrator", {}).pop("auth_string", None)
         for area, values in self.written_settings().items():
             merged.setdefault(area, {}).update(values)

@@ -24,7 +24,8 @@ def parts(site: Site) -> list[Part]:
         chosen.append(ObjectStore(site))
     if site.settings.stack.database == "embedded":
         chosen.append(Postgres(site))
-    chosen += [PrefectServer(site), PrefectWorker(site)]
+    if site.settings.stack.orchestrator == "embedded":
+        chosen += [PrefectServer(site), PrefectWorker(site)]
     if node.is_installed():
         chosen.append(Node(site, needs=("object-store",) if site.settings.stack.object_store == "embedded" else ()))
     return chosen

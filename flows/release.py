@@ -17,11 +17,11 @@ from configs.settings import PROJECT_ROOT
 from configs.training import TrainingConfig
 from flows import hooks, reporting
 from flows.candidate import Candidate, build_candidate, plan_candidate
-from flows.session import ReleaseSession, open_session
+from flows.session import ReleaseSession, open_session, run_tail
 from ml.version import Version
 from tasks.rollout.journal import ReleaseRecord
 from tasks.rollout.policy import Decision, Verdict
-from tasks.rollout.procedure import Rollout
+from tasks.rollout.procedure import Rollout, step_label
 from tasks.rollout.steps import canary_step, deploy_canary, first_deploy, promote, undo_canary
 
 DEFAULT_CONFIG = "configs/training/plant_disease.yaml"
@@ -69,19 +69,20 @@ def release(
         rollout = session.plan_rollout(candidate)
         verdict = try_on_traffic(session, rollout, candidate)
         if verdict.decision is not Decision.promote:
-            undo_canary(rollout)
+            session.run("undo canary", undo_canary, rollout)
             return stop(session, candidate, "rolled_back", verdict)
         if request["ask"] and not approved(session, rollout):
-            undo_canary(rollout)
+            session.run("undo canary", undo_canary, rollout)
             return stop(session, candidate, "declined", verdict)
-        promote(rollout, session.systems.registry, session.record.requested_by, "; ".join(verdict.reasons))
+        reason = "; ".join(verdict.reasons)
+        session.run("promote", promote, rollout, session.systems.registry, session.record.requested_by, reason)
         session.verify(rollout)
         return finish(session, candidate, verdict)
 
 
 def release_id() -> str:
     """The id of this release: the tail of the flow run's id (its head is a timestamp, equal for neighbours)."""
-    return str(runtime.flow_run.get_id() or "").replace("-", "")[-10:]
+    return run_tail(runtime.flow_run.get_id())
 
 
 def load_config(path: str, data: str | None) -> TrainingConfig:
@@ -99,11 +100,13 @@ def try_on_traffic(session: ReleaseSession, rollout: Rollout, candidate: Candida
         return session.earlier_verdict()
     with session.replay(candidate) as tallies:
         if rollout.plan.champion is None:
-            return session.note(first_deploy(rollout, tallies, session.systems.settings.gate.min_accuracy))
+            floor = session.systems.settings.gate.min_accuracy
+            return session.note(session.run("first deploy", first_deploy, rollout, tallies, floor))
         session.ensure_champion_serves(rollout.plan)
-        deploy_canary(rollout)
+        session.run("deploy canary", deploy_canary, rollout)
         for weight in rollout.plan.steps:
-            verdict = session.note(canary_step(rollout, weight, tallies))
+            step = session.run(f"canary {step_label(weight)}", canary_step, rollout, weight, tallies)
+            verdict = session.note(step)
             if verdict.decision is not Decision.advance:
                 break
     return verdict

@@ -11,7 +11,7 @@ from pydantic import Field
 from configs.errors import GateError, IntegrityError
 from flows import hooks, recovery
 from flows.reporting import show_plan
-from flows.session import LEASE, LEASE_TTL_S, answering_version
+from flows.session import LEASE, LEASE_TTL_S, answering_version, run_tail
 from flows.systems import Systems, requester, systems
 from ml.version import Version
 from tasks.lease import Lease, break_lease
@@ -76,9 +76,8 @@ def resolve_version(connected: Systems, to: str) -> tuple[Version, Version | Non
 
 def new_record(target: Version, current: Version | None, to: str) -> ReleaseRecord:
     """The record of this rollback."""
-    run_id = str(runtime.flow_run.get_id() or "").replace("-", "")[-10:]
     return ReleaseRecord(
-        release_id=run_id,
+        release_id=run_tail(runtime.flow_run.get_id()),
         kind="rollback",
         started_at=utc_now(),
         requested_by=requester(),

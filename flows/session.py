@@ -65,6 +65,7 @@ class ReleaseSession:
         """Run one Prefect task as a stage of the record."""
         self._lease.check()
         report(stage, "running")
+        self._journal.change(stage=stage)
         started, began = utc_now(), time.monotonic()
         state = step(*args, return_state=True, **kwargs)
         seconds = time.monotonic() - began
@@ -73,7 +74,7 @@ class ReleaseSession:
         kind: StageState = "failed" if failed else "cached" if state.name == "Cached" else "done"
         note = str(result).splitlines()[0] if failed and str(result) else ""
         line = StageRecord(name=stage, state=kind, started_at=started, duration_s=round(seconds, 3), note=note)
-        self._journal.change(stages=(*self.record.stages, line))
+        self._journal.change(stage=None, stages=(*self.record.stages, line))
         report(stage, kind, note or f"{seconds:.1f} s")
         if isinstance(result, BaseException):
             raise result
@@ -231,6 +232,11 @@ class ReleaseSession:
             self._journal.change(outcome=outcome, reasons=(text,), finished_at=utc_now())
             self.audit("release", self.record.version or self.id, "failed", detail=text)
         report("release", "failed", text)
+
+
+def run_tail(flow_run_id: str | None) -> str:
+    """A short id of a run: the tail of its flow run's (the head is a timestamp, equal for neighbours)."""
+    return (flow_run_id or "").replace("-", "")[-10:]
 
 
 @contextlib.contextmanager

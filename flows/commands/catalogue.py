@@ -117,7 +117,7 @@ def show_releases(*, as_json: bool) -> None:
         [
             r.release_id,
             r.kind,
-            r.outcome,
+            f"{r.outcome}: {r.stage}" if r.stage else r.outcome,
             r.version,
             f"{r.started_at:%Y-%m-%d %H:%M}",
             r.requested_by,

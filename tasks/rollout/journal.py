@@ -69,7 +69,10 @@ class Event(Record):
 
 
 class ReleaseRecord(Record):
-    """Everything a release knows about itself. `parameters` are the flow's own, so that a resume repeats them."""
+    """Everything a release knows about itself.
+
+    `parameters` are the flow's own, so that a resume repeats them; `stage` is the one in progress.
+    """
 
     release_id: str
     kind: Literal["release", "rollback"] = "release"
@@ -81,6 +84,7 @@ class ReleaseRecord(Record):
     version: str | None = None
     champion: str | None = None
     intent: Intent | None = None
+    stage: str | None = None
     reasons: tuple[str, ...] = ()
     stages: tuple[StageRecord, ...] = ()
     looks: tuple[dict[str, Any], ...] = ()
@@ -138,7 +142,7 @@ class Journal:
 
     def close(self, outcome: Outcome, reasons: tuple[str, ...]) -> ReleaseRecord:
         """End the release: no intent is left open."""
-        return self.change(outcome=outcome, reasons=reasons, intent=None, finished_at=self._now())
+        return self.change(outcome=outcome, reasons=reasons, intent=None, stage=None, finished_at=self._now())
 
 
 def key(release_id: str) -> str:

@@ -106,8 +106,10 @@ def timeline_png(looks: Sequence[CanaryLook]) -> bytes:
         dot = "o" if len(looks) < 3 else ""
         errors.plot(seconds, [_errors_percent(c) for c in side], dot + "-", color=color, lw=1.8, label=name)
         latency.plot(seconds, [_p99(c) for c in side], dot + "-", color=color, lw=1.8, label=name)
-    errors.set_ylim(bottom=0)
-    latency.legend(frameon=False)
+    worst = max((v for _, _, side in _sides(looks) for v in map(_errors_percent, side) if words.known(v)), default=0.0)
+    errors.set_ylim(-0.05 * max(worst, 2.0), 1.1 * max(worst, 2.0))
+    latency.set_ylim(bottom=0)
+    latency.legend(frameon=False, fontsize=8)
     titles = ("Challenger's share of traffic (%)", "Errors so far (%)", "p99 latency (ms)")
     for axes, title in zip((weight, errors, latency), titles, strict=True):
         _mark_decisions(axes, looks, seconds)

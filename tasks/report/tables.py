@@ -1,6 +1,7 @@
 """The report as Prefect shows it: a markdown card and tables of short texts.
 
-The UI cuts long table cells, sorts nothing and renders GitHub's markdown; every value here is text.
+The UI renders GitHub's markdown, pictures with `data:` sources included, and shows tables ten rows at a time; every
+value here is text.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ _GATE_WORD = {True: "✓ passed", False: "✕ broken", None: "– too few sample
 
 
 def gate_table(report: ReleaseReport) -> list[Row]:
-    """One row a gate, the holdout's first."""
+    """One row a gate, the holdout's first. The champion has a column where a gate knows its value."""
     verdicts = (("holdout", report.gate), ("canary", report.canary))
-    return [_gate_row(where, row) for where, verdict in verdicts if verdict for row in verdict.gates]
+    found = [(where, row) for where, verdict in verdicts if verdict for row in verdict.gates]
+    shown = any(row.champion is not None for _, row in found)
+    return [_gate_row(where, row, with_champion=shown) for where, row in found]
 
 
-def _gate_row(where: str, row: GateRow) -> Row:
+def _gate_row(where: str, row: GateRow, *, with_champion: bool) -> Row:
+    champion = {"champion": words.in_unit(row.champion, row.unit)} if with_champion else {}
     return {
         "where": where,
         "gate": row.gate,
+        "result": _GATE_WORD[row.ok],
         "value": words.in_unit(row.value, row.unit),
         "limit": words.limit(row.limit, row.bound, row.unit),
-        "champion": words.in_unit(row.champion, row.unit),
-        "result": _GATE_WORD[row.ok],
+        **champion,
     }
 
 
@@ -48,8 +52,8 @@ def _stage_row(stage: StageLine) -> Row:
 
 
 def looks_table(report: ReleaseReport) -> list[Row]:
-    """One row a look at the canary, oldest first."""
-    return [look_row(look) for look in report.looks]
+    """One row a look at the canary, newest first: the UI shows ten rows and sorts nothing."""
+    return [look_row(look) for look in reversed(report.looks)]
 
 
 def look_row(look: CanaryLook) -> Row:
@@ -58,13 +62,13 @@ def look_row(look: CanaryLook) -> Row:
     return {
         "at": words.clock(look.at),
         "step": look.step,
+        "decision": look.decision,
         "requests": _pair(f"{ours.requests:,}", f"{theirs.requests:,}" if theirs else None),
         "errors": _pair(f"{ours.errors:,}", f"{theirs.errors:,}" if theirs else None),
         "p50": _pair(words.millis(ours.p50_ms), words.millis(theirs.p50_ms) if theirs else None),
         "p99": _pair(words.millis(ours.p99_ms), words.millis(theirs.p99_ms) if theirs else None),
         "probes right": _pair(_probes(ours), _probes(theirs) if theirs else None),
         "shadow differs": words.percent(ours.shadow_differ / ours.shadow_pairs) if ours.shadow_pairs else words.DASH,
-        "decision": look.decision,
         "why": " ".join(story.sentence(reason) for reason in look.reasons),
     }
 

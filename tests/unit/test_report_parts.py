@@ -14,6 +14,7 @@ from PIL import Image
 
 from tasks.report import charts, pictures, svg, tables, words
 from tasks.report.model import CanaryLook, TimelineEvent, VersionCounters
+from tasks.report.render import render_html
 from tasks.report.views import traffic_view
 from tasks.rollout.policy import Decision, GateReading, Verdict
 from tests.support import report_example as example
@@ -51,6 +52,16 @@ def test_the_gate_table_says_which_gate_broke() -> None:
     assert [(row["where"], row["gate"], row["limit"]) for row in broken] == [("canary", "Slow answers", "≤ 10.0 %")]
 
 
+def test_the_champion_has_a_column_where_a_gate_knows_its_value() -> None:
+    report = example.promoted()
+    assert report.gate is not None
+    rows = tuple(row.model_copy(update={"champion": 0.93}) for row in report.gate.gates[:1])
+    shown = report.model_copy(update={"gate": report.gate.model_copy(update={"gates": rows}), "canary": None})
+    assert tables.gate_table(shown)[0]["champion"] == "93.0 %"
+    assert "champion" not in tables.gate_table(report)[0]
+    assert "93.0 %" in render_html(shown)
+
+
 def test_a_gate_with_too_few_samples_is_neither_passed_nor_broken() -> None:
     reading = GateReading("accuracy", 0.0, 0.1, 0, None, "no probe was answered yet")
     view = traffic_view(Verdict(Decision.wait, ("more requests are needed",), (reading,), {}))
@@ -60,9 +71,9 @@ def test_a_gate_with_too_few_samples_is_neither_passed_nor_broken() -> None:
 
 
 def test_a_look_shows_both_versions() -> None:
-    row = tables.looks_table(example.promoted())[-1]
+    row = tables.looks_table(example.promoted())[0]
     assert row["requests"] == "1,152 / 4,608"
-    assert " / " not in tables.looks_table(example.first_release())[-1]["requests"]
+    assert " / " not in tables.looks_table(example.first_release())[0]["requests"]
 
 
 def test_png_pictures_are_drawn_from_little_and_from_much() -> None:

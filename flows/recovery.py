@@ -3,20 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from typing import Any
 
+import psutil
+
+from configs.errors import SafetyError
 from flows.systems import Systems
 from ml.version import Version
 from tasks.cluster import Track
-from tasks.lease import Lease
+from tasks.lease import Lease, break_lease, holder, is_held
 from tasks.rollout import journal as journals
-from tasks.rollout.journal import Journal, ReleaseRecord
+from tasks.rollout.journal import Journal, Process, ReleaseRecord
 from tasks.rollout.procedure import Look
+
+# Process start times are read in clock ticks of 10 ms; two readings of one process agree within that.
+CLOCK_TICKS_S = 0.02
 
 
 def left_behind(systems: Systems, but: str | None = None) -> list[ReleaseRecord]:
     """Releases that were begun and neither ended nor undone, except `but`."""
     return [r for r in journals.unfinished(systems.store, systems.bucket) if r.release_id != but]
+
+
+def this_process() -> Process:
+    """How a release's record names this process."""
+    return Process(host=socket.gethostname(), pid=os.getpid(), started_at=psutil.Process().create_time())
+
+
+def is_dead(process: Process | None) -> bool | None:
+    """Whether the process of a release is gone; None: it ran on another machine, or is not known."""
+    if process is None or process.host != socket.gethostname():
+        return None
+    try:
+        return bool(abs(psutil.Process(process.pid).create_time() - process.started_at) > CLOCK_TICKS_S)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def free_lease_of_the_dead(systems: Systems, name: str) -> None:
+    """Take the lease from a release whose process is known to be gone, instead of waiting until it expires."""
+    current = holder(systems.store, systems.bucket, name)
+    if current is None or not is_held(current, journals.utc_now()):
+        return
+    if not systems.store.exists(systems.bucket, journals.key(current.owner)):
+        return
+    record = journals.read(systems.store, systems.bucket, current.owner)
+    if is_dead(record.process):
+        break_lease(systems.store, systems.bucket, name, by=f"{current.owner} is dead")
+
+
+def refuse_running(systems: Systems, name: str, release_id: str) -> None:
+    """Raise SafetyError when a live process works on this release."""
+    current = holder(systems.store, systems.bucket, name)
+    if current is None or current.owner != release_id or not is_held(current, journals.utc_now()):
+        return
+    raise SafetyError(
+        f"Release {release_id} is running (its lease is renewed until {current.expires_at:%H:%M:%S} UTC or later). "
+        "Nothing was changed.\nNext: wait for it, or stop its process and try again."
+    )
 
 
 def recover(systems: Systems, record: ReleaseRecord) -> str:
@@ -43,6 +89,8 @@ def recover_under_lease(systems: Systems, record: ReleaseRecord, lease_name: str
     Raises:
         SafetyError: one does.
     """
+    free_lease_of_the_dead(systems, lease_name)
+    refuse_running(systems, lease_name, record.release_id)
     with Lease.acquire(systems.store, systems.bucket, lease_name, record.release_id, ttl_s):
         return recover(systems, journals.read(systems.store, systems.bucket, record.release_id))
 

@@ -40,6 +40,7 @@ def rollback(
     record = new_record(target, current, to)
     if dry_run:
         return show(record)
+    recovery.free_lease_of_the_dead(connected, LEASE)
     if force:
         break_lease(connected.store, connected.bucket, LEASE, by=record.requested_by)
     with Lease.acquire(connected.store, connected.bucket, LEASE, record.release_id, LEASE_TTL_S):
@@ -81,6 +82,7 @@ def new_record(target: Version, current: Version | None, to: str) -> ReleaseReco
         kind="rollback",
         started_at=utc_now(),
         requested_by=requester(),
+        process=recovery.this_process(),
         parameters={"to": to},
         version=str(target),
         champion=str(current) if current else None,

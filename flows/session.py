@@ -249,6 +249,8 @@ def open_session(run_id: str, asked: Mapping[str, Any], resume: str | None) -> I
     """
     connected = systems()
     owner = resume or run_id
+    recovery.free_lease_of_the_dead(connected, LEASE)
+    recovery.refuse_running(connected, LEASE, owner)
     with Lease.acquire(connected.store, connected.bucket, LEASE, owner, LEASE_TTL_S) as lease:
         for left in recovery.left_behind(connected, but=owner):
             recovery.recover(connected, left)
@@ -273,7 +275,7 @@ def _open_journal(connected: Systems, run_id: str, asked: Mapping[str, Any], res
         raise ConfigError(
             f"Release {resume} ended as {journal.record.outcome}: there is nothing to resume. Nothing was changed."
         )
-    journal.change(outcome="running", finished_at=None, reasons=())
+    journal.change(outcome="running", finished_at=None, reasons=(), process=recovery.this_process())
     journal.say("resumed")
     return journal
 
@@ -284,6 +286,7 @@ def _new_record(connected: Systems, run_id: str, asked: Mapping[str, Any]) -> Re
         release_id=run_id,
         started_at=utc_now(),
         requested_by=requester(),
+        process=recovery.this_process(),
         parameters=dict(asked),
         champion=str(production.version) if production else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ class LocalNode:
             base_url=self._url,
             headers={"Authorization": f"Bearer {token}"},
             timeout=call_timeout_s,
-            transport=httpx.HTTPTransport(retries=1),  # of connecting, no more
+            transport=httpx.HTTPTransport(verify=_trust(self._url), retries=1),  # of connecting, no more
         )
 
     @classmethod
@@ -158,6 +159,11 @@ class LocalNode:
             f"the local node at {self._url} did not answer ({what}). It keeps the traffic as it last knew it.\n"
             "Next: `khet status` shows what runs; `khet up` starts what does not."
         )
+
+
+def _trust(url: str) -> ssl.SSLContext | bool:
+    """Reading the certificate store takes longer than most calls do, and http has no use for it."""
+    return True if url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _not_ready(state: Mapping[str, Any], timeout_s: float) -> ExternalError:

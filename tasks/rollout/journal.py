@@ -68,6 +68,14 @@ class Event(Record):
     severity: Severity = "info"
 
 
+class Process(Record):
+    """The process that works on a release; `started_at` tells it from a later one with the same pid."""
+
+    host: str
+    pid: int
+    started_at: float
+
+
 class ReleaseRecord(Record):
     """Everything a release knows about itself.
 
@@ -80,6 +88,7 @@ class ReleaseRecord(Record):
     started_at: datetime
     finished_at: datetime | None = None
     requested_by: str
+    process: Process | None = None
     parameters: dict[str, Any]
     version: str | None = None
     champion: str | None = None

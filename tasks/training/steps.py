@@ -136,7 +136,7 @@ def evaluate_champion(release_id: str, onnx: Path, dataset_root: Path, folder: P
 def _evaluate(stage: str, release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
     folder.mkdir(parents=True, exist_ok=True)
     report(stage, "running", "scoring the holdout")
-    arguments = ["--onnx", str(onnx), "--data", str(dataset_root), "--out", str(folder)]
+    arguments = ["--model", str(onnx), "--data", str(dataset_root), "--out", str(folder)]
     run_child(["ml.evaluate", *arguments], folder / "evaluate.log", on_line=lambda _: None)
     evaluation = Evaluation.read(folder / "evaluation.json")
     key = f"{stage.replace(' ', '-')}-{release_id}"

@@ -1,4 +1,4 @@
-"""When the flow is killed in any stage: nobody stays on an unjudged canary, nothing is lost, and the release goes on."""
+"""When the flow is killed in any stage: nobody stays on an unjudged canary, and the release goes on."""
 
 from __future__ import annotations
 

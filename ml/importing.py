@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.areas import DataSettings
-from configs.errors import ConfigError, ExternalError, GateError
+from configs.errors import ConfigError, ExternalError, GateError, IntegrityError
 from ml import manifest, pixelcache, splits
 from ml.images import ImageRejected
 from ml.pixelcache import Progress
@@ -84,6 +84,7 @@ def import_folder(
         ExternalError: the disk is full or not writable.
     """
     started = time.monotonic()
+    origin = origin or str(source)
     found = scan(source)
     try:
         with _staging(root) as staging:
@@ -92,32 +93,50 @@ def import_folder(
             quarantined = [*found.refused, *bad, *twins]
             _check_quality(len(photos), quarantined, root, name, settings.max_bad_share)
             rows, groups = _rows(photos, found, settings)
-            info = _write_dataset(staging, rows, name, settings, origin or str(source), quarantined)
-            unchanged = _swap(staging, root, info)
+            before = _info_of(root)
+            info = _write_dataset(staging, rows, name, settings, origin, quarantined)
+            if before is not None and info == before.model_copy(update={"created_at": info.created_at}):
+                info = before  # the very same dataset: it keeps its date, so nothing needs to be published
+            info.write(staging / manifest.INFO)
+            unchanged = before is not None and before.manifest_hash == info.manifest_hash
+            report = _report(root, info, found, quarantined, groups, unchanged, time.monotonic() - started)
+            report.write(staging / manifest.REPORT)
+            swap(staging, root, keep_cache=unchanged)
     except OSError as error:
         raise ExternalError(
             f"Dataset {name} was not imported: {error}. What was there before is unchanged. "
             "Next: free disk space or make the folder writable, then import again.",
             retryable=False,
         ) from error
-    elapsed = time.monotonic() - started
-    files = len(photos) + len(quarantined)
+    return report
+
+
+def _report(
+    root: Path,
+    info: manifest.DatasetInfo,
+    found: Source,
+    quarantined: Sequence[Quarantined],
+    groups: _Groups,
+    unchanged: bool,
+    elapsed_s: float,
+) -> ImportReport:
+    files = info.images + len(quarantined)
     return ImportReport(
-        name=name,
+        name=info.name,
         root=root,
-        source=str(source),
+        source=info.origin,
         manifest_hash=info.manifest_hash,
         files=files,
-        images=len(photos),
+        images=info.images,
         counts=info.counts,
         quarantined=tuple(quarantined),
         near_duplicate_groups=sum(size > 1 for size in groups.sizes.values()),
         largest_group=max(groups.sizes.values()),
         mixed_groups=groups.mixed,
-        warnings=_warnings(found, info, groups, photos),
+        warnings=_warnings(found, info, groups),
         unchanged=unchanged,
-        elapsed_s=elapsed,
-        images_per_s=files / elapsed,
+        elapsed_s=elapsed_s,
+        images_per_s=files / elapsed_s,
     )
 
 
@@ -137,25 +156,23 @@ def _staging(root: Path) -> Iterator[Path]:
 
 
 def recover(root: Path) -> None:
-    """Finish or undo a swap that was cut short (see `_swap`): the old dataset returns, or what is left of it goes."""
+    """Finish or undo a `swap` that was cut short: the old dataset returns, or what is left of it goes."""
     old = root.parent / f".{root.name}.old"
     if old.exists() and not root.exists():
         old.rename(root)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _swap(staging: Path, root: Path, info: manifest.DatasetInfo) -> bool:
-    """Put the finished folder in place; True if `root` already held the same content (decoded pixels are kept)."""
+def swap(staging: Path, root: Path, *, keep_cache: bool) -> None:
+    """Put the finished folder in place of `root`; `keep_cache` takes the decoded pixels along."""
     old = root.parent / f".{root.name}.old"
-    unchanged = _same_content(root, info)
     if root.exists():
-        if unchanged and (root / manifest.CACHE).is_dir():
+        if keep_cache and (root / manifest.CACHE).is_dir():
             (root / manifest.CACHE).rename(staging / manifest.CACHE)
         root.rename(old)
     staging.rename(root)
     for stale in (old, _rejected(root)):
         shutil.rmtree(stale, ignore_errors=True)
-    return unchanged
 
 
 def _rejected(root: Path) -> Path:
@@ -163,9 +180,12 @@ def _rejected(root: Path) -> Path:
     return root.parent / f"{root.name}.rejected"
 
 
-def _same_content(root: Path, info: manifest.DatasetInfo) -> bool:
-    path = root / manifest.INFO
-    return path.exists() and f'"{info.manifest_hash}"' in path.read_text(encoding="utf-8", errors="replace")
+def _info_of(root: Path) -> manifest.DatasetInfo | None:
+    """What the dataset at `root` says about itself; None where there is none, or a damaged one."""
+    try:
+        return manifest.DatasetInfo.read(root / manifest.INFO)
+    except IntegrityError:
+        return None
 
 
 def _inspect_all(
@@ -306,7 +326,7 @@ def _write_dataset(
     origin: str,
     quarantined: Sequence[Quarantined],
 ) -> manifest.DatasetInfo:
-    """Make `staging` exactly the dataset: its rows' images, the tables, the quarantine report."""
+    """Make `staging` exactly the dataset, but for dataset.json: its images, the tables, the quarantine report."""
     wanted = set(rows["path"].to_pylist())
     for path in (staging / "images").glob("*/*"):
         if path.relative_to(staging).as_posix() not in wanted:
@@ -318,7 +338,7 @@ def _write_dataset(
         )
     pq.write_table(rows, staging / manifest.MANIFEST, compression="zstd")
     write_report(staging, quarantined)
-    info = manifest.DatasetInfo(
+    return manifest.DatasetInfo(
         name=name,
         classes=classes,
         healthy_classes=manifest.healthy(classes),
@@ -326,16 +346,13 @@ def _write_dataset(
         manifest_sha256=hashlib.sha256((staging / manifest.MANIFEST).read_bytes()).hexdigest(),
         images=rows.num_rows,
         counts=manifest.count(rows),
-        split_seed=settings.split_seed,
-        duplicate_hamming=settings.duplicate_hamming,
+        rules=settings.model_dump(),
         origin=origin,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    info.write(staging / manifest.INFO)
-    return info
 
 
-def _warnings(found: Source, info: manifest.DatasetInfo, groups: _Groups, photos: Sequence[_Photo]) -> tuple[str, ...]:
+def _warnings(found: Source, info: manifest.DatasetInfo, groups: _Groups) -> tuple[str, ...]:
     warnings = [f"The class folder {label!r} holds no files and was left out." for label in found.empty_classes]
     lost = sorted({file.label for file in found.files} - set(info.classes))
     warnings += [f"No file of the class {label!r} could be used; the class was left out." for label in lost]
@@ -351,8 +368,6 @@ def _warnings(found: Source, info: manifest.DatasetInfo, groups: _Groups, photos
         warnings.append(f"{groups.mixed} groups of near-duplicates hold more than one class; look at their labels.")
     if not info.healthy_classes:
         warnings.append('No class has "healthy" in its name: the missed-disease rate cannot be told.')
-    names = {photo.file.name for photo in photos}
-    unknown = (set(found.severity) | set(found.group)) - {file.name for file in found.files}
-    if unknown and names:
+    if unknown := (set(found.severity) | set(found.group)) - {file.name for file in found.files}:
         warnings.append(f"{len(unknown)} rows of severity.csv or groups.csv name files that are not there.")
     return tuple(warnings)

@@ -16,6 +16,7 @@ from ml.splits import SPLITS
 
 MANIFEST: Final = "manifest.parquet"
 INFO: Final = "dataset.json"
+REPORT: Final = "import.json"
 CACHE: Final = ".cache"
 REPAIR: Final = "Nothing was changed. Next: import it again, or delete the folder so that it is fetched again."
 SCHEMA: Final = pa.schema(
@@ -38,7 +39,8 @@ SCHEMA: Final = pa.schema(
 
 
 class DatasetInfo(Record):
-    """dataset.json. `counts[label][split]`; `origin` says where the photos came from; hashes are SHA-256 in hex."""
+    """dataset.json. `counts[label][split]`; `rules` are the data settings it was imported with; `origin` says where the
+    photos came from; hashes are SHA-256 in hex."""
 
     format: int = 1
     name: str
@@ -48,8 +50,7 @@ class DatasetInfo(Record):
     manifest_sha256: str
     images: int
     counts: dict[str, dict[str, int]]
-    split_seed: int
-    duplicate_hamming: int
+    rules: dict[str, float]
     origin: str
     created_at: str
 

@@ -50,6 +50,8 @@ def scan(folder: Path) -> Source:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"{folder} {what}. {_SHAPE} Nothing was imported.")
+    if (folder / "dataset.json").exists() and (folder / "images").is_dir():
+        raise ConfigError(f"{folder} is an imported dataset. Import {folder / 'images'} instead. Nothing was imported.")
     folder = folder.resolve()
     source = Source(severity=_severities(folder / "severity.csv"), group=_groups(folder / "groups.csv"))
     labels: dict[str, str] = {}

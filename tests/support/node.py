@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -64,6 +65,7 @@ class NodeProcess:
         self.gateway_url = f"http://127.0.0.1:{free_port()}"
         self.node_url = f"http://127.0.0.1:{free_port()}"
         self.behaviour_file = self.home / "behaviour.json"
+        self.users = httpx.Client(timeout=15.0)
         self.behave()
 
     @property
@@ -76,7 +78,7 @@ class NodeProcess:
             **{"health_interval_s": 0.2, "ready_timeout_s": 20.0, **self.cluster},
         )
 
-    @property
+    @functools.cached_property
     def client(self) -> LocalNode:
         return LocalNode.from_settings(self.settings)
 
@@ -108,7 +110,7 @@ class NodeProcess:
         assert self.process is not None
         assert self.process.poll() is None, self.log
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.node_url}/healthz", timeout=1.0).is_success
+            return self.users.get(f"{self.node_url}/healthz", timeout=1.0).is_success
         return False
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -133,7 +135,7 @@ class NodeProcess:
     def predict(self, body: bytes = b"leaf", **headers: str) -> httpx.Response:
         """One request through the gateway."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return httpx.post(f"{self.gateway_url}/predict", content=body, headers=named, timeout=15.0)
+        return self.users.post(f"{self.gateway_url}/predict", content=body, headers=named)
 
     def pids(self, track: Track = Track.stable) -> list[int]:
         """Processes of the track's replicas."""

@@ -207,6 +207,8 @@ class Gateway:
 
     async def _ask_when_ready(self, call: Call) -> Served | None:
         """One more attempt as soon as a stable replica is there: a killed one is back within seconds."""
+        if not self._fleet.on(Track.stable):
+            return None
         replica = await self._fleet.wait_for(Track.stable, _PATIENCE_S)
         if replica is None:
             return None

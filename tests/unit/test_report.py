@@ -131,9 +131,9 @@ def test_a_difference_within_the_interval_is_not_called_better() -> None:
 
 def test_a_typical_page_is_small_and_quick() -> None:
     report, shots = EXAMPLES["promoted"]
-    began = time.perf_counter()
+    began = time.process_time()
     page = render_html(report, shots)
-    assert time.perf_counter() - began < 1.5
+    assert time.process_time() - began < 1.5
     assert len(page.encode()) < 2_000_000
     assert page.count("data:image/") == 13  # twelve mistakes and the reliability diagram
 

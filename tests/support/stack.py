@@ -82,6 +82,11 @@ def stop_parts(tmp: Path, number: signal.Signals | None = None) -> None:
             process.wait(8)
 
 
+def pids(tmp: Path) -> list[int]:
+    """The processes started below `tmp`, for tests that freeze or kill them."""
+    return [process.pid for _, process in _running.get(tmp, [])]
+
+
 @contextlib.contextmanager
 def object_store(tmp: Path) -> Iterator[ObjectStoreSettings]:
     """A SeaweedFS for the length of a `with` block."""

@@ -106,7 +106,8 @@ def postgres(tmp: Path) -> Iterator[DatabaseSettings]:
 
 
 def _site(tmp: Path) -> Site:
-    return Site.prepare(Settings(), tmp)
+    held = {port for part, _ in _running.get(tmp, ()) for port in part.ports}
+    return Site.prepare(Settings(), tmp, in_use=held)
 
 
 @atexit.register

@@ -77,11 +77,11 @@ class PredictionLog:
         self._deliverer.start()
 
     def record(self, photo: Photo, prediction: Prediction, latency_s: float) -> None:
-        """Queue one row; where the queue is full it is counted and forgotten."""
-        if len(self._queue) >= self._max_rows:
+        """Queue one answer."""
+        if len(self._queue) >= self._max_rows:  # before the work of making a row
             self._metrics.log_rows("dropped", 1)
             return
-        self._queue.append(
+        self.append(
             Row(
                 photo.request_id,
                 time.time(),
@@ -95,6 +95,13 @@ class PredictionLog:
                 1e3 * latency_s,
             )
         )
+
+    def append(self, row: Row) -> None:
+        """Queue one row; where the queue is full it is counted and forgotten."""
+        if len(self._queue) >= self._max_rows:
+            self._metrics.log_rows("dropped", 1)
+            return
+        self._queue.append(row)
         if len(self._queue) >= self._settings.batch_rows:
             self._full_batch.set()
 

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Generator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import uvicorn
 
@@ -17,6 +18,7 @@ from ml.serving.protocol import LimitedProtocol
 from ml.serving.service import LoadedModel, PredictionSink, Service
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 Load = Callable[[], tuple[LoadedModel, PredictionSink]]
 # Longer than a proxy keeps an idle connection, so that it is never us who closes one it is about to use.
 _KEEP_ALIVE_S: Final = 75
@@ -93,7 +95,7 @@ class Server(uvicorn.Server):
 
     async def _open(self) -> None:
         try:
-            model, sink = await asyncio.to_thread(self._load)
+            model, sink = await _in_daemon_thread(self._load)
             self._service.open(model, sink)
         except KhetError as error:
             self.failure = error
@@ -125,3 +127,29 @@ class Server(uvicorn.Server):
         if self._service.in_flight:
             logger.warning("%d requests did not finish in time.", self._service.in_flight)
         self.should_exit = True
+
+
+async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """Like asyncio.to_thread, but a process that is told to stop does not wait for a store that hangs."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(outcome: Result | Exception) -> None:
+        if future.done():  # cancelled meanwhile
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def run() -> None:
+        outcome: Result | Exception
+        try:
+            outcome = work()
+        except Exception as error:  # noqa: BLE001  (raised again where it is awaited)
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await future

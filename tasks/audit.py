@@ -271,7 +271,7 @@ def redact(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return redact(value.model_dump())
     if isinstance(value, Mapping):
-        return {str(key): _redact_under(str(key), inner) for key, inner in value.items()}
+        return {_plain(str(key)): _redact_under(str(key), inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [redact(inner) for inner in value]
     if value is None or isinstance(value, (bool, int)):
@@ -304,10 +304,13 @@ def _connect(database: DatabaseSettings) -> Iterator[psycopg.Connection[Any]]:
 
     if database.dsn is None:
         raise ConfigError("database.dsn is not set. Next: `khet up`, or set KHET_DATABASE__DSN.")
-    options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c lock_timeout={_STATEMENT_TIMEOUT_MS}"
     dsn = database.dsn.get_secret_value()
+    limits = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c lock_timeout={_STATEMENT_TIMEOUT_MS}"
     try:
-        with psycopg.connect(dsn, connect_timeout=database.connect_timeout_s, options=options) as connection:
+        own = psycopg.conninfo.conninfo_to_dict(dsn).get("options") or ""
+        with psycopg.connect(
+            dsn, connect_timeout=database.connect_timeout_s, options=f"{own} {limits}".strip()
+        ) as connection:
             yield connection
     except psycopg.ProgrammingError as error:
         raise IntegrityError(f"audit_log cannot be used: {_first_line(error)}. Next: `khet up` makes it.") from None

@@ -57,6 +57,8 @@ class NodeProcess:
     command: tuple[str, ...] = (sys.executable, str(STUB))
     environment: dict[str, str] = field(default_factory=dict)
     cluster: dict[str, Any] = field(default_factory=dict)
+    serving: dict[str, Any] = field(default_factory=dict)
+    areas: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +96,8 @@ class NodeProcess:
     def start(self, *, wait: bool = True) -> NodeProcess:
         """Start the process; with `wait` until its control API answers."""
         settings = self.settings.model_dump(mode="json", exclude={"node_token"}, exclude_none=True)
-        (self.home / "settings.yaml").write_text(json.dumps({"cluster": {**settings, "node_token": self.token}}))
+        areas = {"cluster": {**settings, "node_token": self.token}, "serving": {"drain_s": 2.0, **self.serving}}
+        (self.home / "settings.yaml").write_text(json.dumps({**areas, **self.areas}))
         env = {name: value for name, value in os.environ.items() if not name.startswith("KHET_")}
         env |= {"KHET_HOME": str(self.home), "STUB_BEHAVIOUR": str(self.behaviour_file), **self.environment}
         with (self.home / "node.log").open("ab") as log:

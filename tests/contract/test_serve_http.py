@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -69,7 +70,7 @@ def test_a_photo_gets_the_whole_answer(replica: Replica) -> None:
 def test_a_form_gets_the_same_answer_as_the_raw_body(replica: Replica) -> None:
     data = photo(2)
     raw = replica.predict(data).json()
-    fields = {"note": (None, b"from the field\r\n--not a boundary"), "file": ("leaf.jpg", data, "image/jpeg")}
+    fields = [("note", ("note.txt", b"from the field\r\n--not a boundary")), ("file", ("leaf.jpg", data))]
     form = replica.client.post(replica.url + "/predict", files=fields).json()
     assert {**form, "request_id": ""} == {**raw, "request_id": ""}
 
@@ -327,7 +328,7 @@ REFUSED_MODELS = {
 
 
 @pytest.mark.parametrize(("metadata", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS.keys())
-def test_a_model_that_does_not_fit_is_never_served(tmp_path: Path, metadata: dict[str, object], message: str) -> None:
+def test_a_model_that_does_not_fit_is_never_served(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write_tiny_model(tmp_path / "model", **metadata)
     _assert_refused(tmp_path, ["--model", str(tmp_path / "model")], {}, 4, message)
 

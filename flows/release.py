@@ -19,10 +19,11 @@ from flows import hooks, reporting
 from flows.candidate import Candidate, build_candidate, plan_candidate
 from flows.session import ReleaseSession, open_session, run_tail
 from ml.version import Version
+from tasks.progress import report
 from tasks.rollout.journal import ReleaseRecord
 from tasks.rollout.policy import Decision, Verdict
 from tasks.rollout.procedure import Rollout, step_label
-from tasks.rollout.steps import canary_step, deploy_canary, first_deploy, promote, undo_canary
+from tasks.rollout.steps import canary_step, deploy_canary, first_deploy, promote, smoke_test, undo_canary
 
 DEFAULT_CONFIG = "configs/training/plant_disease.yaml"
 
@@ -98,12 +99,14 @@ def try_on_traffic(session: ReleaseSession, rollout: Rollout, candidate: Candida
     """Shadow and canary steps, each judged; the verdict that ended them."""
     if session.promotion_begun(candidate.version):
         return session.earlier_verdict()
-    with session.replay(candidate) as tallies:
-        if rollout.plan.champion is None:
+    if rollout.plan.champion is None:
+        session.run("first deploy", first_deploy, rollout)
+        with session.replay(candidate) as tallies:
             floor = session.systems.settings.gate.min_accuracy
-            return session.note(session.run("first deploy", first_deploy, rollout, tallies, floor))
-        session.ensure_champion_serves(rollout.plan)
-        session.run("deploy canary", deploy_canary, rollout)
+            return session.note(session.run("smoke test", smoke_test, rollout, tallies, floor))
+    session.ensure_champion_serves(rollout.plan)
+    session.run("deploy canary", deploy_canary, rollout)
+    with session.replay(candidate) as tallies:
         for weight in rollout.plan.steps:
             step = session.run(f"canary {step_label(weight)}", canary_step, rollout, weight, tallies)
             verdict = session.note(step)
@@ -160,6 +163,7 @@ def show_plan(run_id: str, config: TrainingConfig, version: str | None) -> Relea
     record, sentences = plan_candidate(run_id, config, Version.parse(version) if version else None)
     for sentence in sentences:
         get_run_logger().info("would: %s", sentence)
+        report("plan", "note", f"would: {sentence}")
     reporting.show_plan(record, sentences)
     return record
 

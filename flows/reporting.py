@@ -24,7 +24,7 @@ from tasks.report.model import (
 )
 from tasks.report.pictures import timeline_png
 from tasks.report.render import render_html
-from tasks.report.tables import looks_table, render_markdown_card, stage_table
+from tasks.report.tables import looks_table, markdown_image, render_markdown_card, stage_table
 from tasks.rollout.journal import PREFIX, ReleaseRecord
 from tasks.rollout.policy import Decision, GateReading, Verdict
 
@@ -57,17 +57,26 @@ def publish_report(session: ReleaseSession, candidate: Candidate | None) -> Path
     store, bucket, key = session.systems.store, session.systems.bucket, report_key(session.id)
     store.put(bucket, key, html.encode(), content_type="text/html; charset=utf-8")
     _show(report, store.presigned_get(bucket, key, LINK_DAYS * 86400))
+    if report.looks:
+        _show_timeline(session, timeline_png(report.looks))
     return file
+
+
+def _show_timeline(session: ReleaseSession, png: bytes) -> None:
+    store, bucket, key = session.systems.store, session.systems.bucket, f"{PREFIX}{session.id}/timeline.png"
+    store.put(bucket, key, png, content_type="image/png")
+    address = store.presigned_get(bucket, key, LINK_DAYS * 86400)
+    show_picture(f"timeline-{session.id}", address, "Canary: traffic, errors and latency")
 
 
 def _show(report: ReleaseReport, address: str) -> None:
     run = report.release_id
-    show_markdown(f"release-{run}", render_markdown_card(report), report.title)
+    pictures = [markdown_image(timeline_png(report.looks), "Canary timeline")] if report.looks else []
+    show_markdown(f"release-{run}", render_markdown_card(report, pictures), report.title)
     show_table(f"stages-{run}", [dict(row) for row in stage_table(report)], "Stages and their durations")
     show_link(f"report-{run}", address, "Open the release report", f"The whole report; valid for {LINK_DAYS} days")
     if report.looks:
         show_table(f"looks-{run}", [dict(row) for row in looks_table(report)], "Looks at the canary")
-        show_picture(f"timeline-{run}", timeline_png(report.looks), "Canary: traffic, errors and latency")
 
 
 def show_plan(record: ReleaseRecord, sentences: Sequence[str]) -> None:

@@ -304,4 +304,4 @@ def answering_version(gateway_url: str | None) -> Version | None:
         answer = httpx.get(f"{gateway_url.rstrip('/')}/version", timeout=10)
     except httpx.HTTPError as error:
         raise ExternalError(f"The gateway at {gateway_url} does not answer: {error}. Next: `khet status`.") from error
-    return Version.parse(answer.json()["model_version"]) if answer.status_code == 200 else None
+    return Version.parse(answer.json()["version"]) if answer.status_code == 200 else None

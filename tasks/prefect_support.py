@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 from uuid import UUID
 
@@ -82,10 +81,9 @@ def show_link(key: str, link: str, text: str, description: str) -> None:
         _warn(key, error)
 
 
-def show_picture(key: str, png: bytes, description: str) -> None:
-    """Put a PNG into the UI; it travels inside the artifact, so that no other server need be reachable."""
+def show_picture(key: str, address: str, description: str) -> None:
+    """Put a picture into the UI, read from `address` by the browser."""
     try:
-        address = "data:image/png;base64," + base64.b64encode(png).decode()
         create_image_artifact(image_url=address, key=key, description=description)
     except _ARTIFACT_ERRORS as error:
         _warn(key, error)

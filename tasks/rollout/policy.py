@@ -118,8 +118,8 @@ def _undecided(
 
 
 def _passed(stage: Stage, seen: int, readings: Sequence[GateReading], canary: Evidence, champion: Evidence) -> Verdict:
-    where = "mirrored requests" if stage.weight == 0 else f"requests, up to {stage.weight:.0%} of the traffic,"
-    sentence = f"no limit was broken in {seen} {where} by the canary"
+    where = "mirrored requests" if stage.weight == 0 else f"requests at {stage.weight:.0%} of the traffic"
+    sentence = f"no limit was broken in {seen} {where}"
     return _verdict(Decision.promote if stage.last else Decision.advance, [sentence], readings, canary, champion)
 
 

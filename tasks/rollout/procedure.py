@@ -166,13 +166,16 @@ class Rollout:
         aliases.move_alias("production", self.plan.version, by=by, reason=reason)
         self.cluster.remove(Track.canary)
 
-    def first_deploy(self, tallies: Tallies, floor: float) -> Verdict:
-        """Serve the first version there is, and judge it on labelled probes; nobody was served before."""
+    def first_deploy(self) -> None:
+        """Serve the first version there is; nobody was served before."""
         self.guard()
         self.journal.intend("canary", str(self.plan.version), None)
         self.cluster.deploy(Track.stable, self.plan.version, self.plan.replicas)
         self.cluster.wait_ready(Track.stable, self.ready_timeout_s)
         self.cluster.set_weights({Track.stable: 1.0})
+
+    def judge_first(self, tallies: Tallies, floor: float) -> Verdict:
+        """Judge the first version on labelled probes: there is no champion to compare it with."""
         began = self.clock.monotonic()
         while True:
             stage = self._stage(1.0, 0, self.clock.monotonic() - began, floor=floor)

@@ -53,10 +53,15 @@ def canary_step(rollout: Rollout, weight: float, tallies: Tallies) -> Verdict:
 
 
 @task(name="first-deploy", cache_policy=NO_CACHE, timeout_seconds=3600)
-def first_deploy(rollout: Rollout, tallies: Tallies, floor: float) -> Verdict:
-    """Serve the first version there is, judged on labelled probes."""
-    report("canary", "running", f"first version {rollout.plan.version}: smoke test")
-    verdict = rollout.first_deploy(tallies, floor)
+def first_deploy(rollout: Rollout) -> None:
+    """Serve the first version there is."""
+    rollout.first_deploy()
+
+
+@task(name="smoke-test", cache_policy=NO_CACHE, timeout_seconds=3600)
+def smoke_test(rollout: Rollout, tallies: Tallies, floor: float) -> Verdict:
+    """Judge the first version on labelled probes."""
+    verdict = rollout.judge_first(tallies, floor)
     _say(verdict)
     return verdict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tasks.prefect_support import (
     by_release,
     retry_external,
     show_markdown,
-    show_picture,
 )
 from tasks.progress import report
 from tasks.training.child import run_child
@@ -81,7 +81,10 @@ class _Watcher:
     def finish(self, curves: Path) -> None:
         """Show the whole curve."""
         self._bar.update(1.0)
-        show_picture(f"{self._key}-curves", curves.read_bytes(), "Loss and accuracy over time")
+        # Inside a markdown card the picture needs no other server; an image artifact would print its whole address.
+        encoded = base64.b64encode(curves.read_bytes()).decode("ascii")
+        card = f"![Loss and accuracy over time](data:image/png;base64,{encoded})"
+        show_markdown(f"{self._key}-curves", card, "Loss and accuracy over time")
 
 
 @task(

@@ -191,8 +191,10 @@ def test_counters_that_cannot_be_read_are_not_the_canarys_fault() -> None:
 
 def test_the_first_version_is_served_and_judged_by_the_floor() -> None:
     good, bad = Case(Behaviour(accuracy=0.95), champion=None), Case(Behaviour(accuracy=0.5), champion=None)
-    assert good.rollout.first_deploy(good.cluster.tallies, floor=0.8).decision is Decision.promote
-    assert bad.rollout.first_deploy(bad.cluster.tallies, floor=0.8).decision is Decision.rollback
+    for case in (good, bad):
+        case.rollout.first_deploy()
+    assert good.rollout.judge_first(good.cluster.tallies, floor=0.8).decision is Decision.promote
+    assert bad.rollout.judge_first(bad.cluster.tallies, floor=0.8).decision is Decision.rollback
     bad.rollout.remove_first()
     assert bad.cluster.versions == {}
 

@@ -122,14 +122,11 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._ttl_s)
-        if error is None:
-            self.release()
-            return
-        # The error of the work is the one to report; a lease that cannot be released now expires by itself.
+        # The outcome of the work is what counts; a lease that cannot be released now expires by itself.
         try:
             self.release()
-        except KhetError as second:
-            _log.warning("lease %s expires by itself: %s", self._record.name, second)
+        except KhetError as failure:
+            _log.warning("lease %s expires by itself: %s", self._record.name, failure)
 
     @property
     def token(self) -> int:
@@ -251,7 +248,7 @@ def _is_over(record: LeaseRecord, at: datetime) -> bool:
 
 def _held(record: LeaseRecord) -> str:
     return (
-        f"{record.name} is held by {record.owner} since {record.acquired_at:%Y-%m-%d %H:%M:%S} UTC; "
+        f"The {record.name} lease is held by {record.owner} since {record.acquired_at:%Y-%m-%d %H:%M:%S} UTC; "
         f"unless renewed it expires at {record.expires_at:%H:%M:%S} UTC. Nothing was changed.\n"
         "Next: wait for it, or, if that run is dead, `khet doctor --fix` once it has expired."
     )

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from configs.errors import ConfigError, ExternalError, IntegrityError, SafetyError
 from configs.settings import Settings
-from ml import bundle
+from ml import bundle, signing
 from ml.bundle import MANIFEST, MODEL, SIGNATURE, Bundle, FileEntry, Lineage, Manifest, VersionMissing
 from ml.objects import ObjectInfo, ObjectMissing, ObjectStore, Progress, file_sha256
 from ml.signing import Signer
@@ -245,7 +245,15 @@ class Registry:
                 "registry.signing_key is not set, so this process cannot publish. Nothing was written.\n"
                 "Next: `khet up` makes a key for the local stack; elsewhere set KHET_REGISTRY__SIGNING_KEY."
             )
-        return Signer(self._signing_key)
+        signer = Signer(self._signing_key)
+        try:
+            signing.verify(b"", signer.sign(b""), self._trusted)
+        except IntegrityError as error:
+            raise ConfigError(
+                f"registry.signing_key {self._signing_key} is none of registry.trusted_keys, so nobody would load what "
+                "it signs. Nothing was written.\nNext: add its public key to registry.trusted_keys everywhere."
+            ) from error
+        return signer
 
     def _listing(self, version: Version | None = None) -> dict[Version, dict[str, ObjectInfo]]:
         """What is stored per version: file name to listing entry."""

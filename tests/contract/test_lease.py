@@ -95,7 +95,7 @@ def test_a_held_lease_is_refused_with_all_that_one_needs_to_know(store: ObjectSt
     with pytest.raises(SafetyError) as caught:
         take(store, name, "release-8", clock)
     text = str(caught.value)
-    assert f"{name} is held by release-7 since 2026-05-04 00:16:40 UTC" in text
+    assert f"The {name} lease is held by release-7 since 2026-05-04 00:16:40 UTC" in text
     assert "expires at 00:17:40 UTC" in text
     assert "khet doctor --fix" in text
 
@@ -201,6 +201,14 @@ def test_a_holder_without_a_store_knows_when_its_time_is_over(settings: ObjectSt
         eventually(lease.lost.is_set)
         with pytest.raises(SafetyError, match="not renewed in time"):
             lease.check()
+
+
+def test_work_that_is_done_stays_done_when_its_lease_cannot_be_released(
+    settings: ObjectStoreSettings, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Lease.acquire(ObjectStore(settings), BUCKET, name, "a", TTL_S) as lease:
+        lease._store = impatient(settings, endpoint_url="http://127.0.0.1:1")
+    assert f"lease {name} expires by itself" in caplog.text
 
 
 def test_a_garbled_lease_is_not_taken_for_a_free_one(store: ObjectStore, name: str, clock: Clock) -> None:

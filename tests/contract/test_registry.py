@@ -183,6 +183,10 @@ def test_publishing_needs_a_key_and_a_model(shelf: Shelf, tmp_path: Path) -> Non
         shelf.registry.publish(V1, empty, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not a folder"):
         shelf.registry.publish(V1, tmp_path / "none", **arguments)  # type: ignore[arg-type]
+    generate_keypair(tmp_path / "other.key", tmp_path / "other.pub")
+    stranger = Registry(shelf.store, shelf.bucket, signing_key=tmp_path / "other.key", trusted_keys=shelf.trusted)
+    with pytest.raises(ConfigError, match=r"is none of registry\.trusted_keys"):
+        stranger.publish(V1, shelf.folder, **arguments)  # type: ignore[arg-type]
     assert list(shelf.store.list(shelf.bucket, "")) == []
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -198,3 +199,19 @@ def test_a_store_that_stays_away_is_reported_with_what_was_stored(tmp_path: Path
     ObjectStore(settings).upload(settings.models_bucket, items)
     assert sum(1 for _ in store.list(settings.models_bucket, "big/")) == len(items)
     stop_parts(home)
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(shelf: Shelf, tmp_path: Path) -> None:
+    """The limit on a file's size makes the same error at the same place as a disk without room."""
+    shelf.folder.joinpath("model.onnx").write_bytes(b"w" * MIB)
+    shelf.publish("release-1")
+    got, before = tmp_path / "got", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ExternalError, match=r"cannot be written: File too large") as caught:
+            shelf.registry.fetch(V1, got, only=["model.onnx"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not is_retryable(caught.value)
+    assert list(got.iterdir()) == []
+    assert shelf.registry.fetch(V1, got, only=["model.onnx"]).version == V1

@@ -21,7 +21,7 @@ def _times(field: Field, factor: float) -> Field:
 
 def _seen(severity: float, opaque: float) -> float:
     """How opaque a lesion is: young ones are paler."""
-    return opaque * min(1.0, 0.55 + 1.5 * severity)
+    return opaque * min(1.0, 0.72 + 1.2 * severity)
 
 
 def _sound(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
@@ -48,13 +48,13 @@ def _late_blight(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None
 def _leaf_mold(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
     count = 2 + int(rng.poisson(1.5 + 5 * severity))
     d = spots(rng, leaf, count, (0.04, 0.06 + 0.06 * severity), ragged=0.35)
-    blend(blade, (0.71, 0.70, 0.25), _times(step(d, 1.7, 0.4), 0.28 + 0.55 * severity))
+    blend(blade, (0.71, 0.70, 0.25), _times(step(d, 1.7, 0.4), 0.38 + 0.46 * severity))
     fuzz = step(d + 0.35 * noise(rng, leaf.px, 34), 0.85, 0.2)
-    blend(blade, (0.44, 0.42, 0.20), _times(fuzz, 0.2 + 0.55 * severity))
+    blend(blade, (0.44, 0.42, 0.20), _times(fuzz, 0.28 + 0.46 * severity))
 
 
 def _septoria(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
-    count = 3 + int(rng.poisson(1 + 38 * severity))
+    count = 4 + int(rng.poisson(3 + 38 * severity))
     d = spots(rng, leaf, count, (0.010, 0.018 + 0.006 * severity))
     blend(blade, (0.24, 0.14, 0.08), _times(step(d, 1.5, 1.0), _seen(severity, 0.9)))
     blend(blade, (0.74, 0.70, 0.60), _times(step(d, 0.95, 0.5), _seen(severity, 0.95)))
@@ -62,25 +62,25 @@ def _septoria(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
 
 
 def _bacterial_spot(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
-    count = 3 + int(rng.poisson(1 + 32 * severity))
+    count = 4 + int(rng.poisson(3 + 32 * severity))
     d = spots(rng, leaf, count, (0.009, 0.020 + 0.008 * severity), ragged=0.45, where="margin")
-    blend(blade, (0.74, 0.70, 0.22), _times(step(d, 3.2, 1.2), 0.2 + 0.5 * severity))
+    blend(blade, (0.74, 0.70, 0.22), _times(step(d, 3.2, 1.2), 0.35 + 0.38 * severity))
     blend(blade, (0.10, 0.07, 0.05), _times(step(d, 1.5, 0.8), _seen(severity, 0.92)))
 
 
 def _spider_mites(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
     px = leaf.px
     where = step(0.8 * noise(rng, px, 4) - 1.1 * leaf.r + np.float32(0.9 + 1.1 * severity), 0.0, 1.4)
-    dots = rng.random((px, px), dtype=np.float32) < (0.03 + 0.24 * severity) * where
+    dots = rng.random((px, px), dtype=np.float32) < (0.045 + 0.225 * severity) * where
     soft = np.asarray(dots, dtype=np.float32)
     blend(blade, (0.82, 0.82, 0.56), _times(soft, _seen(severity, 0.75)))
-    blend(blade, (0.58, 0.47, 0.22), _times(where, 0.04 + 0.44 * severity))
+    blend(blade, (0.58, 0.47, 0.22), _times(where, 0.06 + 0.43 * severity))
 
 
 def _mosaic_virus(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
     mottle = noise(rng, leaf.px, 11) - 1.4 * leaf.veins + 0.35 * noise(rng, leaf.px, 24)
-    blend(blade, (0.66, 0.74, 0.32), _times(step(mottle, 0.0, 0.5), 0.10 + 0.6 * severity))
-    blend(blade, (0.09, 0.22, 0.08), _times(step(mottle, -0.3, -0.9), 0.08 + 0.48 * severity))
+    blend(blade, (0.66, 0.74, 0.32), _times(step(mottle, 0.0, 0.5), 0.17 + 0.54 * severity))
+    blend(blade, (0.09, 0.22, 0.08), _times(step(mottle, -0.3, -0.9), 0.14 + 0.43 * severity))
 
 
 PAINTERS: Final[dict[str, Callable[[Rng, Frame, Colours, float], None]]] = {

@@ -165,6 +165,7 @@ class Traffic:
 
     url: str
     rate_per_s: float = 50.0
+    body: bytes = b"leaf"
     statuses: Counter[str] = field(default_factory=Counter)
     tracks: Counter[str] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
@@ -203,7 +204,7 @@ class Traffic:
     async def _one(self, session: aiohttp.ClientSession) -> None:
         began = time.monotonic()
         try:
-            async with session.post(f"{self.url}/predict", data=b"leaf") as response:
+            async with session.post(f"{self.url}/predict", data=self.body) as response:
                 await response.read()
                 self.statuses[str(response.status)] += 1
                 self.tracks[response.headers.get("X-Khet-Track", "")] += 1

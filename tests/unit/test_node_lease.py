@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,6 +16,7 @@ import pytest
 
 from configs.errors import ExternalError, SafetyError
 from tasks.cluster import Track
+from tasks.cluster.node import supervisor
 from tasks.cluster.node.gateway import Limits
 from tasks.cluster.node.node import Node, Options
 from tasks.cluster.node.store import Store
@@ -40,10 +43,10 @@ def _options(root: Path) -> Options:
 
 
 @asynccontextmanager
-async def _node(root: Path, clock: Clock) -> AsyncIterator[Node]:
-    """A node that has read its state and reconciles only when told to."""
+async def _node(root: Path, clock: Clock, *, reconciling: bool = False) -> AsyncIterator[Node]:
+    """A node that has read its state and, by default, reconciles only when told to."""
     node = Node(Store(root), _options(root), clock)
-    await node.start(reconciling=False)
+    await node.start(reconciling=reconciling)
     try:
         yield node
     finally:
@@ -142,3 +145,24 @@ async def test_traffic_is_not_sent_to_a_track_that_is_not_ready(tmp_path, clock)
         with pytest.raises(ExternalError, match="no ready replica"):
             await node.set_weights({Track.stable: 0.5, Track.canary: 0.5}, {}, 30)
         assert node.desired.weights == {Track.stable: 1.0}
+
+
+async def _once(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@run
+async def test_a_replica_that_hangs_for_long_is_started_anew(tmp_path, clock):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "_CHECK_TIMEOUT_S", 0.1)
+        patch.setattr(supervisor, "_HUNG_S", 0.3)
+        async with _node(tmp_path, clock, reconciling=True) as node:
+            await node.deploy(Track.stable, "v1.0.0", 1)
+            await _once(lambda: node.fleet.ready_count(Track.stable) == 1)
+            [replica] = node.fleet.on(Track.stable)
+            hung = replica.record.pid
+            os.kill(hung, signal.SIGSTOP)
+            await _once(lambda: replica.takes_requests and replica.record.pid != hung)
+            assert replica.record.restarts == 1

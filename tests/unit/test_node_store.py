@@ -61,7 +61,7 @@ def test_a_state_and_a_copy_that_are_both_damaged_are_refused_by_name(kept):
 
 def test_a_disk_that_takes_nothing_is_an_external_error_and_the_old_state_stands(kept):
     kept.save_desired(_canaried())
-    (kept.root / "desired.json.partial").mkdir()
+    (kept.root / "desired.json.bak.partial").mkdir()
     with pytest.raises(ExternalError, match="earlier state stands"):
         kept.save_desired(Desired())
     assert kept.load_desired()[0].tracks == _canaried().tracks

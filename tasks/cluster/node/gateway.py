@@ -134,20 +134,33 @@ class Gateway:
 
     async def _predict(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         pinned = self._pinned(request)
-        body = await self._read(request)
-        if self.in_flight >= self._limits.max_in_flight or self._buffered + len(body) > _MAX_BUFFERED_BYTES:
+        limit = self._limits.max_body_bytes + _MULTIPART_BYTES
+        expected = limit if request.content_length is None else request.content_length
+        if expected > limit:
+            raise RefusedError(413, "too_large", f"The body is larger than {self._limits.max_body_bytes} bytes.")
+        self._admit(self._buffered + expected <= _MAX_BUFFERED_BYTES)
+        self._buffered += expected
+        try:
+            body = await self._read(request, limit)
+            call = Call(request_id, _head(request, request_id, len(body)), body, pinned)
+            served = await self._serve_one_of_few(call)
+        finally:
+            self._buffered -= expected
+        self._copy(call, served)
+        return _response(served, request_id)
+
+    def _admit(self, has_room: bool) -> None:
+        if not has_room:
             self.rejected["overload"] += 1
             raise RefusedError(503, "overloaded", "Too many requests are in flight.")
+
+    async def _serve_one_of_few(self, call: Call) -> Served:
+        self._admit(self.in_flight < self._limits.max_in_flight)
         self.in_flight += 1
-        self._buffered += len(body)
         try:
-            call = Call(request_id, _head(request, request_id, len(body)), body, pinned)
-            served = await self._serve(call)
-            self._copy(call, served)
-            return _response(served, request_id)
+            return await self._serve(call)
         finally:
             self.in_flight -= 1
-            self._buffered -= len(body)
 
     async def _pass_on(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         """A question about the model, to stable (or the pinned track); not counted."""
@@ -173,10 +186,7 @@ class Gateway:
             raise RefusedError(400, "bad_request", f"{TRACK_HEADER}: no such track.")
         return Track(named)
 
-    async def _read(self, request: web.BaseRequest) -> bytes:
-        limit = self._limits.max_body_bytes + _MULTIPART_BYTES
-        if (request.content_length or 0) > limit:
-            raise RefusedError(413, "too_large", f"The body is larger than {self._limits.max_body_bytes} bytes.")
+    async def _read(self, request: web.BaseRequest, limit: int) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:

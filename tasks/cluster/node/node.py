@@ -29,7 +29,7 @@ from tasks.cluster.node.supervisor import TICK_S, Launch, Readiness, Supervisor
 log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_S = 10.0
-_SHUTDOWN_PATIENCE_S = 5.0  # `khet down` promises to be done in 8
+_SHUTDOWN_PATIENCE_S = 4.0  # `khet down` promises to be done in 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,10 @@ class Node:
         not look alive, and the next one adopts the replicas."""
         waiting = asyncio.create_task(asked.wait())
         done, _ = await asyncio.wait({waiting, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        for task in done - {waiting}:
-            if not task.cancelled():
+        for task in done:
+            if not task.cancelled():  # else `stop` ended it, and `asked` will be set when it is done
                 task.result()
+        await waiting
 
     async def stop(self, *, replicas: bool) -> None:
         """Stop; with `replicas` they are ended too, else they run on for the next node to adopt."""

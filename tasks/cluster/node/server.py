@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
 import uvloop
@@ -24,8 +25,9 @@ from tasks.cluster.node.store import Store
 
 log = logging.getLogger(__name__)
 
-_DRAIN_S = 2.0
+_DRAIN_S = 1.5
 _KEEP_ALIVE_S = 75.0
+_BACKLOG = 1024
 
 
 def run(settings: Settings) -> None:
@@ -55,9 +57,13 @@ async def _serve(store: Store, options: Options, data: tuple[str, int], api: tup
     over = _Ending(node)
     gateway = web.Server(node.gateway.handle, access_log=None, auto_decompress=False, keepalive_timeout=_KEEP_ALIVE_S)
     app = control.application(node, options.token, over.stop_replicas)
-    async with _listening(web.ServerRunner(gateway), data) as over.gateway:
+    with _bound(data) as data_socket, _bound(api) as api_socket:
+        # Requests that come before the replicas are adopted wait in the sockets.
         await node.start()
-        async with _listening(web.AppRunner(app, access_log=None), api):
+        async with (
+            _serving(web.ServerRunner(gateway, shutdown_timeout=_DRAIN_S), data_socket) as over.gateway,
+            _serving(web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_S), api_socket),
+        ):
             log.info("the gateway listens on %s:%d, the control API on %s:%d", *data, *api)
             over.watch_signals()
             await node.run_until(over.asked)
@@ -71,7 +77,7 @@ class _Ending:
         self._node = node
         self._stopping: asyncio.Task[None] | None = None
         self.asked = asyncio.Event()
-        self.gateway: web.TCPSite | None = None
+        self.gateway: web.SockSite | None = None
 
     def watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -103,16 +109,22 @@ class _Ending:
         await self._node.stop(replicas=True)
 
 
-@contextlib.asynccontextmanager
-async def _listening(runner: web.ServerRunner | web.AppRunner, address: tuple[str, int]) -> AsyncIterator[web.TCPSite]:
-    await runner.setup()
-    site = web.TCPSite(runner, *address, backlog=1024)
+@contextlib.contextmanager
+def _bound(address: tuple[str, int]) -> Iterator[socket.socket]:
     try:
-        await site.start()
+        listener = socket.create_server(address, backlog=_BACKLOG)
     except OSError as error:
-        await runner.cleanup()
         raise ConfigError(f"cannot listen on {address[0]}:{address[1]}: {error}. Nothing was started.") from error
+    with listener:
+        yield listener
+
+
+@contextlib.asynccontextmanager
+async def _serving(runner: web.ServerRunner | web.AppRunner, listener: socket.socket) -> AsyncIterator[web.SockSite]:
+    await runner.setup()
     try:
+        site = web.SockSite(runner, listener, backlog=_BACKLOG)
+        await site.start()
         yield site
     finally:
         await runner.cleanup()

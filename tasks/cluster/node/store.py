@@ -82,13 +82,12 @@ class Store:
         return desired
 
     def save_desired(self, desired: Desired) -> None:
-        """Write the state and its copy.
+        """Write the state and its copy; both are on disk before either replaces its predecessor.
 
         Raises:
             ExternalError: the disk did not take it; the old state stands.
         """
-        _write(self._desired, desired)
-        _write(self._backup, desired)
+        _write(desired, self._desired, self._backup)
 
     def load_replicas(self) -> tuple[list[ReplicaRecord], list[Path]]:
         """The replicas that were started, and files that cannot be read."""
@@ -103,7 +102,7 @@ class Store:
 
     def save_replica(self, record: ReplicaRecord) -> None:
         """Write one replica's record. Raises ExternalError as `save_desired`."""
-        _write(self.replicas / f"{record.name}.json", record)
+        _write(record, self.replicas / f"{record.name}.json")
 
     def forget_replica(self, name: str) -> None:
         """Remove a replica's record; its log stays until `prune_logs`."""
@@ -142,7 +141,7 @@ class Store:
         """Add a line to the event file, starting it anew with the latest half when it is full."""
         if self._events.exists() and self._events.stat().st_size > MAX_EVENTS_BYTES:
             kept = _last_bytes(self._events, MAX_EVENTS_BYTES // 2).split(b"\n", 1)[-1]
-            _replace(self._events, kept)
+            _replace(kept, self._events)
         with self._events.open("a", encoding="utf-8") as file:
             file.write(event.model_dump_json() + "\n")
 
@@ -170,21 +169,25 @@ def _claim(lock: TextIO, root: Path) -> None:
         raise ConfigError(f"another node runs on {root}. Nothing was started; it was left running.") from error
 
 
-def _write(path: Path, record: Record) -> None:
+def _write(record: Record, *paths: Path) -> None:
+    content = record.model_dump_json(indent=2).encode() + b"\n"
     try:
-        _replace(path, record.model_dump_json(indent=2).encode() + b"\n")
+        _replace(content, *paths)
     except OSError as error:
-        raise ExternalError(f"{path}: cannot be written: {error}. The earlier state stands.") from error
+        raise ExternalError(f"{paths[0]}: cannot be written: {error}. The earlier state stands.") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+def _replace(content: bytes, *paths: Path) -> None:
+    """Give files of one folder this content, atomically and synced."""
+    partials = [path.with_name(path.name + ".partial") for path in paths]
+    for partial in partials:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    for partial, path in zip(partials, paths, strict=True):
+        partial.replace(path)
+    folder = os.open(paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:

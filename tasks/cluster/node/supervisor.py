@@ -27,7 +27,7 @@ _CHECK_TIMEOUT_S = 2.0
 _SLOW_AFTER = 2  # health checks in a row without an answer
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _STEADY_S = 60.0  # ready for this long: earlier deaths no longer count
-_HOPELESS_DEATHS = 3
+_HOPELESS_DEATHS = 2
 _HUNG_S = 30.0  # a replica that served and has failed its health checks for this long is started anew
 _READY = b"GET /readyz HTTP/1.1\r\nHost: replica\r\n\r\n"
 # Exit codes of `KhetError`s that may go away by themselves (an object store that was not there): keep trying.
@@ -245,9 +245,12 @@ class Supervisor:
             replica.ready_since = self._now()
             self._mark_served(replica)
             self._fleet.announce()
-        elif replica.health is Health.slow and self._fleet.ready_count(replica.record.track):
+        elif replica.health is Health.slow and self._has_stand_in(replica):
             replica.pool.abort()  # a stopped process never answers: let its requests go to another replica
         self.wake.set()
+
+    def _has_stand_in(self, replica: Replica) -> bool:
+        return any(self._fleet.ready_count(track) for track in {replica.record.track, Track.stable})
 
     def _mark_served(self, replica: Replica) -> None:
         if not replica.record.served:

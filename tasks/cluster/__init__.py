@@ -51,9 +51,11 @@ class ClusterStatus:
 
 @dataclass(frozen=True, slots=True)
 class TrackCounters:
-    """What the gateway saw of one track since `since` (monotone while `since` stays the same).
+    """What the gateway saw of one track's desired version since `since` (monotone while `since` stays the same; it
+    moves when the track gets another version, or the gateway was started anew).
 
-    `errors` are 5xx answers and connections that broke; `latency_ms` maps a histogram bucket's upper bound to its
+    `requests` are attempts, `errors` those of them that ended in a 5xx answer, a broken connection or silence, whether
+    or not another replica then answered the user; `latency_ms` maps a histogram bucket's upper bound to its
     cumulative count, as in Prometheus; `shadow_pairs` are mirrored requests whose two answers were compared,
     `shadow_differ` those whose class differed.
     """
@@ -74,13 +76,17 @@ class Cluster(Protocol):
     `ExternalError` (no answer in time, retryable), `ConfigError` (asked for something impossible), `SafetyError`."""
 
     def deploy(self, track: Track, version: Version, replicas: int) -> None:
-        """Make `track` serve `version` with `replicas`, one replica at a time, without a gap."""
+        """Make `track` serve `version` with `replicas`, one replica at a time, without a gap.
+
+        Another version on a track other than stable does not inherit the track's traffic: it returns to stable first.
+        """
 
     def wait_ready(self, track: Track, timeout_s: float) -> None:
         """Return when every replica of the desired version is ready and no other is left.
 
         Raises:
-            ExternalError: not ready in time; the message ends with the last log lines of the replica that failed.
+            ExternalError: not ready in time, or (not retryable) never going to be; the message ends with the last log
+                lines of the replica that failed. Replicas that served before go on serving.
         """
 
     def set_weights(
@@ -94,6 +100,10 @@ class Cluster(Protocol):
 
         With `lease_s`, all traffic returns to `stable` and mirroring stops unless `renew_lease` is called in time: the
         cluster itself guards users from an unjudged canary when the flow dies.
+
+        Raises:
+            ConfigError: the weights do not sum to 1, or name a track that is not deployed.
+            ExternalError: a track other than stable would get traffic and has no ready replica.
         """
 
     def renew_lease(self, lease_s: float) -> None:

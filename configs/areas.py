@@ -238,6 +238,11 @@ class StackSettings(Area):
     s3_port: int = Field(default=0, ge=0, le=65535, description="S3 service.")
     postgres_port: int = Field(default=0, ge=0, le=65535, description="PostgreSQL.")
     gateway_port: int = Field(default=0, ge=0, le=65535, description="Predictions.")
+    prefect_database: Literal["postgres", "sqlite"] = Field(
+        default="postgres",
+        description="Where the embedded Prefect server keeps its records. postgres needs database=embedded; on a busy "
+        "machine SQLite answers 503 (database is locked) and loses events. Without it, or by choice: sqlite.",
+    )
     prefect_auth: bool = Field(default=False, description="Ask for a generated password on the Prefect API and UI.")
     start_timeout_s: PositiveFloat = Field(default=180.0, description="A part that is not healthy by then has failed.")
     stop_timeout_s: PositiveFloat = Field(default=8.0, description="Parts get this long between SIGTERM and SIGKILL.")

@@ -23,6 +23,7 @@ class Credentials:
     filer_read_key: str
     postgres_password: str
     khetguard_password: str
+    prefect_database_password: str
     prefect_encryption_key: str
     prefect_password: str
     node_token: str

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, ExternalError
-from deployments.local.files import private_folder, write_private
+from deployments.local.files import Layout, private_folder, write_private
 from deployments.local.ports import LOOPBACK
 from deployments.local.process import Identity, Launch, identify, pids, wait_gone
-from deployments.local.site import DATABASE, Site
+from deployments.local.site import DATABASE, PREFECT_DATABASE, Site
 
 if TYPE_CHECKING:
     import psycopg
@@ -193,29 +193,16 @@ class Postgres:
         return check_database(self.site.dsn("postgres", "postgres"), timeout_s=3)
 
     def furnish(self) -> None:
-        """Create the role, its database, and the audit schema."""
+        """Create the roles, each with its database, and the audit schema."""
         import psycopg
 
         try:
             with psycopg.connect(self.site.dsn("postgres", "postgres"), autocommit=True, connect_timeout=5) as admin:
-                self._furnish(admin)
+                for name in (DATABASE, PREFECT_DATABASE):
+                    _ensure_database(admin, name, self.site.password(name))
         except psycopg.Error as error:
             raise ExternalError(f"postgres: role and database could not be created: {error}") from error
         _ensure_audit_schema(self.site.dsn())
-
-    def _furnish(self, admin: psycopg.Connection) -> None:
-        from psycopg import sql
-
-        role = sql.Identifier(DATABASE)
-        # Encrypted here: a failing statement is logged by the server, with everything that is in it.
-        password = self.site.secrets.khetguard_password.encode()
-        verifier = admin.pgconn.encrypt_password(password, DATABASE.encode(), b"scram-sha-256").decode()
-        if not admin.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [DATABASE]).fetchone():
-            admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
-        admin.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
-        if not admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone():
-            admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(role, role))
-        admin.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(role))
 
     def _initdb(self, binaries: Binaries, guise: Guise) -> None:
         """Build the cluster beside its place and move it there when it is whole."""
@@ -230,6 +217,7 @@ class Postgres:
                     os.chown(secret, guise.user, guise.user)
                 if self._run_initdb(binaries, guise, fresh, secret, locale):
                     fresh.rename(self.cluster)
+                    forget_initialised(self.site.layout)
                     return
         finally:
             secret.unlink(missing_ok=True)
@@ -287,6 +275,44 @@ def check_database(dsn: str, timeout_s: int) -> str:
             return f"PostgreSQL {connection.info.server_version // 10_000}"
     except psycopg.Error as error:
         raise ExternalError(f"postgres does not answer: {error}") from error
+
+
+def recreate_database(site: Site, name: str) -> None:
+    """Drop and create a database whose first migration never finished; nothing of value is in it.
+
+    Raises:
+        ExternalError: PostgreSQL refused or did not answer.
+    """
+    import psycopg
+    from psycopg import sql
+
+    try:
+        with psycopg.connect(site.dsn("postgres", "postgres"), autocommit=True, connect_timeout=5) as admin:
+            admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+            _ensure_database(admin, name, site.password(name))
+    except psycopg.Error as error:
+        raise ExternalError(f"postgres: the database {name} could not be created: {error}") from error
+
+
+def forget_initialised(layout: Layout) -> None:
+    """A new cluster holds no Prefect records, whatever is remembered of an earlier one."""
+    for marker in layout.prefect.glob(".initialised-*"):
+        marker.unlink()
+
+
+def _ensure_database(admin: psycopg.Connection, name: str, password: str) -> None:
+    """A role that may log in, and a database of the same name that only it may use."""
+    from psycopg import sql
+
+    role = sql.Identifier(name)
+    # Encrypted here: a failing statement is logged by the server, with everything that is in it.
+    verifier = admin.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode()
+    if not admin.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [name]).fetchone():
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+    admin.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
+    if not admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
+        admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(role, role))
+    admin.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(role))
 
 
 def _ensure_audit_schema(dsn: str) -> None:

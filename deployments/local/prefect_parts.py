@@ -1,4 +1,4 @@
-"""The orchestrator: Prefect's server on SQLite, and one worker that runs flows as processes."""
+"""The orchestrator: Prefect's server, and one worker that runs flows as processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from configs.errors import ExternalError
 from configs.settings import PROJECT_ROOT, Settings
 from deployments.local.files import Layout, private_folder
 from deployments.local.ports import LOOPBACK
+from deployments.local.postgres import recreate_database
 from deployments.local.prefect_api import PrefectApi, ensure_automations, ensure_pool
 from deployments.local.process import Launch
-from deployments.local.site import Site
+from deployments.local.site import PREFECT_DATABASE, Site
 
 WORKER_NAME = "khet-local"
 _WORKER_HEARTBEAT_S = 10
@@ -49,7 +50,6 @@ class PrefectServer:
 
     site: Site
     name: str = "prefect-server"
-    needs: tuple[str, ...] = ()
     ports: tuple[str, ...] = ("prefect",)
     stop_signal: signal.Signals = signal.SIGTERM
 
@@ -59,20 +59,39 @@ class PrefectServer:
         return self.site.url("prefect")
 
     @property
-    def _database(self) -> Path:
+    def needs(self) -> tuple[str, ...]:
+        """The database, where it is PostgreSQL."""
+        return ("postgres",) if self.site.prefect_on_postgres else ()
+
+    @property
+    def _sqlite(self) -> Path:
         return self.site.layout.prefect / "prefect.db"
+
+    @property
+    def _database_url(self) -> str:
+        if self.site.prefect_on_postgres:
+            return self.site.dsn(PREFECT_DATABASE, PREFECT_DATABASE).replace("postgresql:", "postgresql+asyncpg:", 1)
+        return f"sqlite+aiosqlite:///{self._sqlite}"
+
+    @property
+    def _kind(self) -> str:
+        return f".initialised-{'postgres' if self.site.prefect_on_postgres else 'sqlite'}"
 
     @property
     def _initialised(self) -> Path:
         """Touched when this database first answered under this version of Prefect."""
-        return self.site.layout.prefect / f".initialised-{importlib.metadata.version('prefect')}"
+        return self.site.layout.prefect / f"{self._kind}-{importlib.metadata.version('prefect')}"
 
     def prepare(self) -> None:
         """Its folder; a database that was killed during its very first migration is begun anew."""
         private_folder(self.site.layout.prefect)
-        if not any(self.site.layout.prefect.glob(".initialised-*")):
+        if any(self.site.layout.prefect.glob(f"{self._kind}-*")):
+            return
+        if self.site.prefect_on_postgres:
+            recreate_database(self.site, PREFECT_DATABASE)
+        else:
             for suffix in ("", "-wal", "-shm"):
-                self._database.with_name(self._database.name + suffix).unlink(missing_ok=True)
+                self._sqlite.with_name(self._sqlite.name + suffix).unlink(missing_ok=True)
 
     def launch(self) -> Launch:
         """uvicorn with Prefect's own application: without Prefect's command line it is ready seconds earlier."""
@@ -104,7 +123,7 @@ class PrefectServer:
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             # Else it unpacks them beside its own code, which may be read-only and belongs to every stack.
             "PREFECT_UI_STATIC_DIRECTORY": str(self.site.layout.prefect / "ui"),
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._database}",
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": self._database_url,
             # In memory (the default) a server restart would crash a healthy run at its first lease renewal.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             # Events alone is the default; flow runs would be kept for ever.

@@ -20,6 +20,7 @@ from deployments.local.ports import LOOPBACK
 from deployments.local.process import MARKER, marker
 
 DATABASE = "khetguard"
+PREFECT_DATABASE = "prefect"
 PREFECT_USER = "khet"
 # Passed on to parts from the caller's environment; everything else a part gets is stated where the part is described.
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -65,8 +66,22 @@ class Site:
 
     def dsn(self, user: str = DATABASE, database: str = DATABASE) -> str:
         """Connection string of the embedded PostgreSQL."""
-        password = self.secrets.postgres_password if user == "postgres" else self.secrets.khetguard_password
-        return f"postgresql://{user}:{password}@{LOOPBACK}:{self.ports['postgres']}/{database}"
+        return f"postgresql://{user}:{self.password(user)}@{LOOPBACK}:{self.ports['postgres']}/{database}"
+
+    def password(self, user: str) -> str:
+        """The password of a role of the embedded PostgreSQL."""
+        secrets = self.secrets
+        return {
+            "postgres": secrets.postgres_password,
+            DATABASE: secrets.khetguard_password,
+            PREFECT_DATABASE: secrets.prefect_database_password,
+        }[user]
+
+    @property
+    def prefect_on_postgres(self) -> bool:
+        """Whether the Prefect server keeps its records in the embedded PostgreSQL."""
+        stack = self.settings.stack
+        return stack.prefect_database == "postgres" and stack.database == "embedded"
 
     def written_settings(self) -> dict[str, dict[str, Any]]:
         """What other processes must know, in the shape of `configs.settings.Settings`."""

@@ -6,8 +6,10 @@ file, lineage, metrics) and `manifest.json.sig` (Ed25519 over its exact bytes). 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
 MODEL = "model.onnx"
 METADATA = "metadata.json"
+_PARTIAL = ".fetched"
+_LEFTOVER_AGE_S = 3600  # no chunk of a living download is that old
 FORMAT: Literal["khet-model/1"] = "khet-model/1"
 
 
@@ -213,6 +217,7 @@ def _fetch(
 ) -> Bundle:
     data, signature = fetch_manifest(store, bucket, version)
     manifest, signed_by = read_manifest(data, signature, version, trusted_keys)
+    _sweep(folder)
     for name in _wanted(manifest, only):
         _fetch_file(store, bucket, version, name, manifest.files[name], folder)
     _write(folder / SIGNATURE, signature)
@@ -244,7 +249,7 @@ def _fetch_file(store: ObjectStore, bucket: str, version: Version, name: str, en
     final = folder / name
     if final.exists() and final.stat().st_size == entry.size_bytes and file_sha256(final) == entry.sha256:
         return
-    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.fetched")
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         store.get_file(bucket, f"{version}/{name}", partial)
         check_file(version, name, entry, partial)
@@ -253,6 +258,14 @@ def _fetch_file(store: ObjectStore, bucket: str, version: Version, name: str, en
         raise IntegrityError(f"{name} of {version} is missing from the store.\n{_next(version)}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what downloads that were killed left behind; younger files may belong to another process."""
+    for left in folder.rglob(f".*{_PARTIAL}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            if time.time() - left.stat().st_mtime > _LEFTOVER_AGE_S:
+                left.unlink()
 
 
 def _wanted(manifest: Manifest, only: Collection[str] | None) -> Sequence[str]:
@@ -268,7 +281,7 @@ def _wanted(manifest: Manifest, only: Collection[str] | None) -> Sequence[str]:
 
 def _write(path: Path, data: bytes) -> None:
     """Atomic: a reader in another process sees nothing or all of it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.fetched")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -109,8 +109,9 @@ class PatientClient:
         waited = self._clock() - began
         left = self.settings.patience_s - waited
         if left <= 0:
+            times = "1 try" if tries == 1 else f"{tries} tries"
             raise ExternalError(
-                f"{self.place} did not answer for {waited:.0f} s ({tries} tries) while {what}: {reason(error)}.\n"
+                f"{self.place} did not answer for {waited:.0f} s ({tries} {'try' if tries == 1 else 'tries'}) while {what}: {reason(error)}.\n"
                 "What was stored before is complete; this object may or may not have been changed, repeating is safe.\n"
                 "Next: `khet status` shows what runs, `khet up` starts the local stack; then run the same step again."
             ) from error
@@ -153,6 +154,8 @@ def _make_client(settings: ObjectStoreSettings) -> Any:
         # Older S3 services refuse the newer checksums; Content-MD5 guards the way, our SHA-256 the object.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        # A proxy of the environment is for the internet; on this machine it would only be in the way.
+        proxies={} if _is_loopback(settings.endpoint_url) else None,
     )
     session = boto3.session.Session(
         aws_access_key_id=settings.access_key_id,
@@ -160,3 +163,8 @@ def _make_client(settings: ObjectStoreSettings) -> Any:
         region_name=settings.region,
     )
     return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+
+
+def _is_loopback(endpoint_url: str | None) -> bool:
+    host = urlsplit(endpoint_url or "").hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")

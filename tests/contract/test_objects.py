@@ -245,6 +245,16 @@ def test_a_store_that_is_not_there_is_named_with_what_to_do(settings: ObjectStor
     assert is_retryable(caught.value)
 
 
+def test_a_proxy_of_the_environment_is_not_in_the_way(
+    settings: ObjectStoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert impatient(settings).put(BUCKET, unique("proxy"), b"")
+
+
 def test_a_malformed_address_is_a_setting_to_correct(settings: ObjectStoreSettings) -> None:
     with pytest.raises(ConfigError, match="endpoint"):
         impatient(settings, endpoint_url="not a url").get(BUCKET, "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,19 @@ def test_two_processes_may_fetch_into_one_folder(shelf: Shelf, tmp_path: Path) -
     assert len({bundle.manifest.created_at for bundle in found}) == 1
     verify_bundle(tmp_path / "got", V1, shelf.trusted)
     assert not list((tmp_path / "got").rglob(".*"))
+
+
+def test_what_killed_downloads_left_is_swept(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.publish("release-1")
+    old, young = tmp_path / "got" / ".model.onnx.aa.fetched", tmp_path / "got" / ".model.onnx.bb.fetched"
+    deep = tmp_path / "got" / "mistakes" / "..00.png.cc.fetched.dd.partial"
+    deep.parent.mkdir(parents=True)
+    for path in (old, young, deep):
+        path.write_bytes(b"half")
+    for path in (old, deep):
+        os.utime(path, (0, 0))
+    shelf.registry.fetch(V1, tmp_path / "got")
+    assert [path.exists() for path in (old, young, deep)] == [False, True, False]
 
 
 _UNSIGNED = r"manifest\.json of v1\.0\.0: the signature was made by none"

@@ -111,7 +111,7 @@ class PatientClient:
         if left <= 0:
             times = "1 try" if tries == 1 else f"{tries} tries"
             raise ExternalError(
-                f"{self.place} did not answer for {waited:.0f} s ({tries} {'try' if tries == 1 else 'tries'}) while {what}: {reason(error)}.\n"
+                f"{self.place} did not answer for {waited:.0f} s ({times}) while {what}: {reason(error)}.\n"
                 "What was stored before is complete; this object may or may not have been changed, repeating is safe.\n"
                 "Next: `khet status` shows what runs, `khet up` starts the local stack; then run the same step again."
             ) from error

@@ -1,6 +1,7 @@
 """The gateway against a replica asked directly, and a canary, promotion and rollback under 50 requests/s.
 
-Stub replicas (`tests/support/stub_replica.py`), so that the gateway is what is measured.
+Throughput with stub replicas (`tests/support/stub_replica.py`), so that the gateway is what is measured; the rollout
+with them and with the real service.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,23 +22,33 @@ from ml.version import Version
 from tasks.cluster import Track
 from tasks.cluster.node.upstream import Pool
 from tests.support.node import NodeProcess, Traffic, running_node
+from tests.support.replica import photo
+from tests.support.tiny_model import write_tiny_model
 
 V1, V2 = Version(1, 0, 0), Version(1, 1, 0)
 CONNECTIONS = 16
 SECONDS = 4.0
 BODY = bytes(2_000)
+PATIENCE_S = 90.0
 
 
 def main() -> dict[str, Any]:
     """Requests/s and failed requests; see the module's text."""
-    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as folder, running_node(Path(folder)) as node:
-        return {"throughput": _throughput(node), "rollout": _rollout(node)}
+    with tempfile.TemporaryDirectory(prefix="bench-gateway-") as folder:
+        with running_node(Path(folder) / "stub") as node:
+            measured = {"throughput": _throughput(node), "rollout": _rollout(node, b"leaf")}
+        model = write_tiny_model(Path(folder) / "model").parent
+        command = (sys.executable, "-m", "ml.serve", "--model", str(model))
+        with running_node(Path(folder) / "serve", command=command, cluster={"ready_timeout_s": 90.0}) as node:
+            node.client.deploy(Track.stable, V1, 1)
+            node.client.wait_ready(Track.stable, PATIENCE_S)
+            return {**measured, "rollout_of_ml_serve": _rollout(node, photo(side_px=384))}
 
 
 def _throughput(node: NodeProcess) -> dict[str, float]:
     cluster = node.client
     cluster.deploy(Track.stable, V1, 1)
-    cluster.wait_ready(Track.stable, 20)
+    cluster.wait_ready(Track.stable, PATIENCE_S)
     assert node.process is not None
     gateway = psutil.Process(node.process.pid)
     direct_port = int(cluster.status().replicas[0].address.rpartition(":")[2])
@@ -77,20 +89,20 @@ async def _load(port: int) -> dict[str, float]:
     return {"count": len(taken), "failed": failed, "p50_ms": round(cuts[49], 2), "p99_ms": round(cuts[98], 2)}
 
 
-def _rollout(node: NodeProcess) -> dict[str, Any]:
+def _rollout(node: NodeProcess, body: bytes) -> dict[str, Any]:
     """Canary, promotion, rollback while users send 50 requests/s; every answer must be 200."""
     cluster = node.client
-    with Traffic(node.gateway_url, 50.0) as traffic:
+    with Traffic(node.gateway_url, 50.0, body) as traffic:
         cluster.scale(Track.stable, 2)
-        cluster.wait_ready(Track.stable, 20)
+        cluster.wait_ready(Track.stable, PATIENCE_S)
         cluster.deploy(Track.canary, V2, 1)
-        cluster.wait_ready(Track.canary, 20)
+        cluster.wait_ready(Track.canary, PATIENCE_S)
         for share in (0.05, 0.25, 0.5):
             cluster.set_weights({Track.stable: 1 - share, Track.canary: share}, lease_s=30)
             traffic.wait_for(100)
             cluster.renew_lease(30)
         cluster.deploy(Track.stable, V2, 2)
-        cluster.wait_ready(Track.stable, 20)
+        cluster.wait_ready(Track.stable, PATIENCE_S)
         cluster.set_weights({Track.stable: 1.0})
         cluster.remove(Track.canary)
         traffic.wait_for(100)
@@ -101,6 +113,7 @@ def _rollout(node: NodeProcess) -> dict[str, Any]:
     return {
         "requests": traffic.statuses.total(),
         "failed": sum(traffic.failures.values()),
+        "failures": traffic.failures,
         "versions": dict(traffic.versions),
         "p99_ms": round(statistics.quantiles(traffic.latencies_s, n=100)[98] * 1e3, 1),
         "rollback_s": round(rollback_s, 2),

@@ -166,3 +166,17 @@ async def test_a_replica_that_hangs_for_long_is_started_anew(tmp_path, clock):
             os.kill(hung, signal.SIGSTOP)
             await _once(lambda: replica.takes_requests and replica.record.pid != hung)
             assert replica.record.restarts == 1
+
+
+@run
+async def test_a_node_that_can_no_longer_reconcile_ends(tmp_path, clock):
+    async def breaks() -> None:
+        raise ZeroDivisionError
+
+    node = Node(Store(tmp_path), _options(tmp_path), clock)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node, "reconcile", breaks)
+        await node.start()
+        with pytest.raises(ZeroDivisionError):
+            await node.run_until(asyncio.Event())
+    await node.stop(replicas=True)

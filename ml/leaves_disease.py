@@ -39,8 +39,8 @@ def _early_blight(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> Non
 
 def _late_blight(rng: Rng, leaf: Frame, blade: Colours, severity: float) -> None:
     count = 1 + int(rng.poisson(0.3 + 1.5 * severity))
-    d = spots(rng, leaf, count, (0.05 + 0.05 * severity, 0.08 + 0.13 * severity), ragged=0.30, where="margin")
-    blend(blade, (0.52, 0.58, 0.36), _times(step(d, 1.55, 1.05), 0.6))
+    d = spots(rng, leaf, count, (0.06 + 0.04 * severity, 0.09 + 0.12 * severity), ragged=0.30, where="margin")
+    blend(blade, (0.52, 0.58, 0.36), _times(step(d, 1.7, 1.05), 0.72))
     blend(blade, (0.20, 0.19, 0.13), _times(step(d, 1.15, 0.8), _seen(severity, 0.88)))
     blend(blade, (0.36, 0.28, 0.19), _times(step(d + 0.3 * noise(rng, leaf.px, 14), 0.75, 0.35), 0.7))
 

@@ -42,9 +42,9 @@ def mapped(
     shape = (count, px, px, 3)
     if count == 0:  # an empty file cannot be mapped
         return np.zeros(shape, dtype=np.uint8)
-    if (ready := _open(path, shape)) is not None:
-        return ready
     try:
+        if (ready := _open(path, shape)) is not None:
+            return ready
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_suffix(".lock")):
             if (ready := _open(path, shape)) is None:

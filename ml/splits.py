@@ -94,20 +94,20 @@ def _fill(sizes: Mapping[str, int], shares: Mapping[SplitName, float]) -> dict[s
     total = sum(sizes.values())
     chosen: dict[str, SplitName] = dict.fromkeys(sizes, "train")
     holdouts: tuple[SplitName, ...] = ("test", "validation")
-    for split in holdouts:
+    for still_to_fill, split in zip((2, 1), holdouts, strict=True):
         free = [group for group in sizes if chosen[group] == "train"]
-        fitting = _fitting(sizes, free, max(1, round(shares[split] * total)))
+        fitting = _fitting(sizes, free, max(1, round(shares[split] * total)), leave=still_to_fill)
         if not fitting and len(free) > 1:
             fitting = [min(free, key=lambda group: sizes[group])]
         chosen.update(dict.fromkeys(fitting, split))
     return chosen
 
 
-def _fitting(sizes: Mapping[str, int], free: Sequence[str], quota: int) -> list[str]:
-    """Groups of `free`, in order, that fit into `quota` images together and leave at least one group to train."""
+def _fitting(sizes: Mapping[str, int], free: Sequence[str], quota: int, *, leave: int) -> list[str]:
+    """Groups of `free`, in order, that fit into `quota` images together; `leave` groups remain for other splits."""
     taken: list[str] = []
     for group in free:
-        if sizes[group] <= quota and len(taken) + 1 < len(free):
+        if sizes[group] <= quota and len(taken) + leave < len(free):
             taken.append(group)
             quota -= sizes[group]
     return taken

@@ -215,8 +215,16 @@ class ReleaseSession:
     def close(self, outcome: str, reasons: tuple[str, ...]) -> ReleaseRecord:
         """End the record."""
         done = "done" if outcome == "promoted" else "undone"
+        self._clear_candidate(outcome)
         self.audit("release", self.record.version or self.id, done, detail=f"{outcome}: {'; '.join(reasons)}")
         return self._journal.close(outcome, reasons)  # type: ignore[arg-type]
+
+    def _clear_candidate(self, outcome: str) -> None:
+        """A version that was promoted or refused is no candidate any more."""
+        registry = self.systems.registry
+        candidate = registry.alias("candidate")
+        if candidate is not None and str(candidate.version) == self.record.version:
+            registry.clear_alias("candidate", by=self.record.requested_by, reason=f"release {self.id} {outcome}")
 
     def tidy(self) -> None:
         """Remove local copies that no rollback needs."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from configs.errors import ConfigError
+import math
+from collections.abc import Sequence
+
+from configs.errors import ConfigError, IntegrityError
 from configs.settings import home, settings
 from flows.terminal import human_bytes, out, print_json, print_table, shown_path
 from ml.objects import ObjectStore
 from ml.version import Version, is_version
-from tasks.registry import ALIASES, Registry
+from tasks.registry import ALIASES, Registry, VersionInfo
 from tasks.rollout import journal
 from tasks.rollout.journal import PREFIX
 
@@ -32,14 +35,15 @@ def show_versions(*, as_json: bool) -> None:
     """Published versions with their scores and aliases."""
     registry = Registry.from_settings(settings())
     infos, aliases = registry.versions(), registry.aliases()
-    manifests = {info.version: registry.manifest(info.version) for info in infos}
+    metrics, problems = _metrics(registry, infos)
     if as_json:
         listed = [
             {
                 "version": info.version,
                 "published_at": info.published_at,
                 "size_bytes": info.size_bytes,
-                "metrics": manifests[info.version].metrics,
+                "metrics": metrics.get(info.version, {}),
+                "problem": problems.get(info.version),
                 "aliases": [name for name, state in aliases.items() if state.version == info.version],
             }
             for info in infos
@@ -50,14 +54,27 @@ def show_versions(*, as_json: bool) -> None:
         [
             info.version,
             ", ".join(name for name, state in aliases.items() if state.version == info.version),
-            f"{manifests[info.version].metrics.get('accuracy', float('nan')):.1%}",
+            "does not verify" if info.version in problems else f"{metrics[info.version].get('accuracy', math.nan):.1%}",
             f"{info.published_at:%Y-%m-%d %H:%M}",
             human_bytes(info.size_bytes),
-            manifests[info.version].created_by,
         ]
         for info in infos
     ]
-    print_table("Versions", ["version", "alias", "accuracy", "published (UTC)", "size", "by"], rows)
+    print_table("Versions", ["version", "alias", "accuracy", "published (UTC)", "size"], rows)
+
+
+def _metrics(
+    registry: Registry, infos: Sequence[VersionInfo]
+) -> tuple[dict[Version, dict[str, float]], dict[Version, str]]:
+    """Scores by version; what is wrong with those whose manifest does not verify. One bad version hides no other."""
+    metrics: dict[Version, dict[str, float]] = {}
+    problems: dict[Version, str] = {}
+    for info in infos:
+        try:
+            metrics[info.version] = registry.manifest(info.version).metrics
+        except IntegrityError as error:
+            problems[info.version] = str(error).partition("\n")[0]
+    return metrics, problems
 
 
 def show_version(name: str, *, as_json: bool) -> None:

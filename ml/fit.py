@@ -59,7 +59,8 @@ def _quiet() -> None:
     """Lightning's advice is about loaders, loggers and validation that this project does in its own way."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(pytorch_lightning|lightning_fabric)\.")
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(pytorch_lightning|lightning_fabric)\.")
 
 
 def _on_cpu(config: TrainingConfig) -> bool:

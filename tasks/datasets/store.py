@@ -158,7 +158,7 @@ class DatasetStore:
             ConfigError: nothing is there, or a key would leave the folder.
         """
         prefix = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
-        keys = {found.key: _inside(folder, found.key, prefix) for found in self._objects.list(bucket, prefix)}
+        keys = {found.key: path_below(folder, found.key, prefix) for found in self._objects.list(bucket, prefix)}
         wanted = {key: path for key, path in keys.items() if path is not None}
         if not wanted:
             raise ConfigError(f"s3://{bucket}/{prefix} holds no photos in class folders. Nothing was imported.")
@@ -212,7 +212,7 @@ def _matches(path: Path, sha256: str) -> bool:
         return False
 
 
-def _inside(folder: Path, key: str, prefix: str) -> Path | None:
+def path_below(folder: Path, key: str, prefix: str) -> Path | None:
     """Where an object goes: class folder and file below `folder`. None for what no import reads.
 
     Raises:

@@ -15,6 +15,9 @@ NAMES = (
     "s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc", "weed_admin",
     "weed_admin_grpc", "postgres", "prefect", "node", "gateway",
 )  # fmt: skip
+# SeaweedFS's maintenance worker looks for the admin server at its port + 10000, whatever it was told.
+_PAIRED = {"weed_admin": "weed_admin_grpc"}
+PAIR_OFFSET = 10_000
 # Below Linux's default range for outgoing connections (32768-60999): a remembered port is not taken by a mere client.
 FIRST, LAST = 20_000, 32_000
 
@@ -46,11 +49,12 @@ def choose(path: Path, fixed: Mapping[str, int], in_use: Iterable[str] = ()) -> 
         ConfigError: a fixed port is taken by another program.
     """
     ports, own = remembered(path), set(in_use)
-    for name in NAMES:
-        wanted = fixed.get(name, 0) or ports.get(name, 0)
+    for name in (n for n in NAMES if n not in _PAIRED.values()):
         if name in own and name in ports:
             continue
-        if wanted and is_free(wanted) and wanted not in (p for n, p in ports.items() if n != name):
+        others = {port for other, port in ports.items() if other not in (name, _PAIRED.get(name))}
+        wanted = fixed.get(name, 0) or ports.get(name, 0)
+        if wanted and _suits(name, wanted, others):
             ports[name] = wanted
         elif fixed.get(name, 0):
             raise ConfigError(
@@ -58,14 +62,22 @@ def choose(path: Path, fixed: Mapping[str, int], in_use: Iterable[str] = ()) -> 
                 "Next: stop that program, set another port, or set 0 to have one chosen."
             )
         else:
-            ports[name] = _free_port(set(ports.values()))
+            ports[name] = _free_port(name, others)
+        if name in _PAIRED:
+            ports[_PAIRED[name]] = ports[name] + PAIR_OFFSET
     write_json(path, ports)
     return ports
 
 
-def _free_port(taken: set[int]) -> int:
+def _suits(name: str, port: int, others: set[int]) -> bool:
+    wanted = [port, port + PAIR_OFFSET] if name in _PAIRED else [port]
+    return all(p not in others and p < 65_536 and is_free(p) for p in wanted)
+
+
+def _free_port(name: str, others: set[int]) -> int:
+    last = LAST - PAIR_OFFSET if name in _PAIRED else LAST
     for _ in range(500):
-        port = random.randint(FIRST, LAST)
-        if port not in taken and is_free(port):
+        port = random.randint(FIRST, last)
+        if _suits(name, port, others):
             return port
     raise ExternalError(f"No free port between {FIRST} and {LAST} was found. Nothing was started.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import threading
 import time
@@ -37,13 +35,6 @@ def stop_everything(layout: Layout, timeout_s: float) -> None:
         layout.pid(name).unlink(missing_ok=True)
 
 
-def reap_children() -> None:
-    """Collect children of this process that have ended, so that they do not stay as zombies."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            continue
-
-
 def _end_users(layout: Layout, running: dict[str, Identity], timeout_s: float) -> None:
     asked = threading.Thread(target=_shut_node_down, args=(layout, timeout_s), daemon=True)
     if "node" in running:
@@ -52,13 +43,13 @@ def _end_users(layout: Layout, running: dict[str, Identity], timeout_s: float) -
     for who in flow_runs:
         who.signal(signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
-    process.wait_gone(flow_runs, timeout_s, reap_children)
+    process.wait_gone(flow_runs, timeout_s)
     if "node" in running:
         asked.join(max(deadline - time.monotonic(), 0.0))
     serving = [*process.marked(layout.root, "node"), *recorded_replicas(layout.root)]
     for who in serving:
         who.signal(signal.SIGTERM)
-    process.wait_gone(serving, max(deadline - time.monotonic(), 0.1), reap_children)
+    process.wait_gone(serving, max(deadline - time.monotonic(), 0.1))
     _kill([who for who in (*flow_runs, *serving) if who.alive])
 
 
@@ -69,11 +60,11 @@ def _end_servers(running: dict[str, Identity], deadline: float) -> None:
             running[name].signal(signal.SIGTERM)
     if "prefect-server" in running:
         # In the middle of its start it hears no signal: the kill at the end is harmless then.
-        process.wait_gone([running["prefect-server"]], _PREFECT_S, reap_children)
+        process.wait_gone([running["prefect-server"]], _PREFECT_S)
     if "postgres" in running:
         running["postgres"].signal(signal.SIGINT)  # rolls running transactions back; SIGTERM would wait for clients
     servers = [running[name] for name in _SERVERS if name in running]
-    process.wait_gone(servers, max(deadline - time.monotonic(), 0.1), reap_children)
+    process.wait_gone(servers, max(deadline - time.monotonic(), 0.1))
 
 
 def _shut_node_down(layout: Layout, timeout_s: float) -> None:
@@ -87,4 +78,4 @@ def _kill(processes: Iterable[Identity]) -> None:
     killed = list(processes)
     for who in killed:
         who.signal(signal.SIGKILL)
-    process.wait_gone(killed, _KILLED_IN_S, reap_children)
+    process.wait_gone(killed, _KILLED_IN_S)

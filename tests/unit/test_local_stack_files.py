@@ -175,6 +175,17 @@ def test_ports_are_all_different(tmp_path):
     assert len(set(chosen.values())) == len(ports.NAMES)
 
 
+def test_the_maintenance_worker_finds_its_admin_server(tmp_path):
+    """It dials the admin port + 10000; ports remembered without that are chosen anew."""
+    path = tmp_path / "ports.json"
+    chosen = ports.choose(path, {})
+    assert chosen["weed_admin_grpc"] == chosen["weed_admin"] + 10_000
+    with socket.create_server(("127.0.0.1", chosen["weed_admin_grpc"])):
+        again = ports.choose(path, {})
+    assert again["weed_admin"] != chosen["weed_admin"]
+    assert again["weed_admin_grpc"] == again["weed_admin"] + 10_000
+
+
 def test_a_remembered_port_that_a_stranger_took_is_replaced(tmp_path):
     path = tmp_path / "ports.json"
     with listener() as stranger:

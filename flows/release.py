@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from prefect import flow, get_run_logger, runtime
 from prefect.exceptions import FlowPauseTimeout
@@ -43,16 +42,22 @@ class Approval(RunInput):
     validate_parameters=True,
 )
 def release(
-    config: Annotated[str, Field(description="Training configuration, a YAML file of the project.")] = DEFAULT_CONFIG,
-    data: Annotated[str | None, Field(description="Name of an imported dataset. Empty: the configuration's.")] = None,
-    version: Annotated[
-        str | None, Field(description="Roll out this published version instead of training a new one.")
-    ] = None,
-    ask: Annotated[bool, Field(description="Pause for a person before promoting; no answer means no.")] = False,
-    dry_run: Annotated[bool, Field(description="Show what would be done, change nothing.")] = False,
-    resume: Annotated[str | None, Field(description="Id of an interrupted release to go on with.")] = None,
+    config: str = DEFAULT_CONFIG,
+    data: str | None = None,
+    version: str | None = None,
+    ask: bool = False,
+    dry_run: bool = False,
+    resume: str | None = None,
 ) -> ReleaseRecord:
     """Train a model and bring it to all users, step by step, or stop it where it is not good enough.
+
+    Args:
+        config: Training configuration, a YAML file of the project.
+        data: Name of an imported dataset. Empty: the configuration's.
+        version: Roll out this published version (v1.3.0) instead of training a new one.
+        ask: Pause for a person before promoting; no answer means no.
+        dry_run: Show what would be done, change nothing.
+        resume: Id of an interrupted release to go on with.
 
     Raises:
         GateError: the gate, the canary's judge or a person said no; production serves the champion.

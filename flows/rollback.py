@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
-from pydantic import Field
 
 from configs.errors import GateError, IntegrityError
 from flows import hooks, recovery
@@ -23,11 +20,16 @@ from tasks.rollout.procedure import served_version
 
 @flow(name="rollback", flow_run_name="rollback-to-{to}", on_crashed=[hooks.undo_release], validate_parameters=True)
 def rollback(
-    to: Annotated[str, Field(description="Version such as v1.2.0, or previous.")] = "previous",
-    dry_run: Annotated[bool, Field(description="Show what would be done, change nothing.")] = False,
-    force: Annotated[bool, Field(description="Take over from a release that is running.")] = False,
+    to: str = "previous",
+    dry_run: bool = False,
+    force: bool = False,
 ) -> ReleaseRecord:
     """Return all traffic to a version that served production before, and verify it.
+
+    Args:
+        to: Version such as v1.2.0, or previous.
+        dry_run: Show what would be done, change nothing.
+        force: Take over from a release that is running.
 
     Raises:
         GateError: it never served production, or it serves already.

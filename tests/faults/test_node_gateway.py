@@ -83,6 +83,30 @@ def test_a_body_that_never_comes_is_given_up(node):
     assert answer.startswith(b"HTTP/1.1 408")
 
 
+def test_a_chunked_body_that_is_not_one_is_refused(node):
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = send_raw(node, head + b"4\r\nleaf\r\nzz\r\n")
+    assert b" 400 " in answer.splitlines()[0]
+    assert "Traceback" not in node.log
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_trace(node):
+    address = urlsplit(node.gateway_url)
+    for _ in range(3):
+        with socket.create_connection((address.hostname or "", address.port or 0)) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\nhalf")
+    assert node.predict().status_code == 200
+    assert "Traceback" not in node.log
+
+
+def test_a_client_that_leaves_before_its_answer_leaves_no_trace(node):
+    with pytest.raises(httpx.ReadTimeout):
+        pin = {"X-Khet-Track": "canary", "Authorization": f"Bearer {node.token}"}
+        httpx.post(f"{node.gateway_url}/predict", content=b"leaf", headers=pin, timeout=0.1)
+    eventually(lambda: "gateway_in_flight 0" in metrics(node))
+    assert "Traceback" not in node.log
+
+
 def test_a_client_that_asks_whether_to_go_on_is_told_to(node):
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n"
     assert send_raw(node, head).startswith(b"HTTP/1.1 100 Continue")
@@ -105,6 +129,7 @@ def test_what_is_no_http_does_not_hurt(node):
 
 def test_questions_about_the_model_go_to_stable(node):
     assert node.users.get(f"{node.gateway_url}/version").json()["version"] == "v1.0.0"
+    assert node.users.head(f"{node.gateway_url}/version").status_code == 200
     assert node.users.get(f"{node.gateway_url}/healthz").json()["ready"]["stable"] == 1
 
 

@@ -23,7 +23,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import TransferEncodingError
 from multidict import CIMultiDict
 
 from tasks.cluster import Track
@@ -142,7 +143,7 @@ class Gateway:
         self._buffered += expected
         try:
             body = await self._read(request, limit)
-            call = Call(request_id, _head(request, request_id, len(body)), body, pinned)
+            call = Call(request_id, _head(request, request_id, "POST", len(body)), body, pinned)
             served = await self._serve_one_of_few(call)
         finally:
             self._buffered -= expected
@@ -167,7 +168,7 @@ class Gateway:
         replica = self._fleet.pick(self._pinned(request) or Track.stable)
         if replica is None:
             raise RefusedError(503, "unavailable", "No replica is ready.")
-        head = _head(request, request_id, 0) + b"\r\n"
+        head = _head(request, request_id, "GET", 0) + b"\r\n"
         try:
             answer = await replica.pool.send(head, b"", self._limits.request_timeout_s)
         except (BrokenError, TimeoutError) as error:
@@ -193,9 +194,10 @@ class Gateway:
             async with asyncio.timeout(self._limits.body_timeout_s):
                 return await _read_up_to(request, limit)
         except TimeoutError as error:
-            raise RefusedError(
-                408, "timeout", f"The body was not here after {self._limits.body_timeout_s:g} s."
-            ) from error
+            detail = f"The body was not here after {self._limits.body_timeout_s:g} s."
+            raise RefusedError(408, "timeout", detail) from error
+        except (OSError, web.PayloadAccessError, TransferEncodingError, ClientPayloadError) as error:
+            raise RefusedError(400, "bad_body", "The body broke off, or is not what its headers say.") from error
 
     async def _serve(self, call: Call) -> Served:
         """The answer a user gets; see the module's text.
@@ -282,11 +284,11 @@ async def _read_up_to(request: web.BaseRequest, limit: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _head(request: web.BaseRequest, request_id: str, length: int) -> bytes:
+def _head(request: web.BaseRequest, request_id: str, method: str, length: int) -> bytes:
     """Request line and headers for a replica, without the empty line at the end."""
     query = request.rel_url.raw_query_string
     target = request.rel_url.raw_path + (f"?{query}" if query else "")
-    lines = [f"{request.method} {target} HTTP/1.1\r\nHost: replica\r\nContent-Length: {length}\r\n".encode("latin-1")]
+    lines = [f"{method} {target} HTTP/1.1\r\nHost: replica\r\nContent-Length: {length}\r\n".encode("latin-1")]
     pinned = TRACK_HEADER in request.headers
     for name, value in _forwarded(request.raw_headers, drop_token=pinned):
         lines.append(b"%b: %b\r\n" % (name, value))

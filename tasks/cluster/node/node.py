@@ -192,8 +192,9 @@ class Node:
         return {track: self._book(track, None) for track in self.desired.tracks}
 
     def replica_rows(self) -> list[dict[str, Any]]:
-        """The replicas, as `ReplicaStatus` has them."""
-        return [_row(replica.record, ready=replica.takes_requests) for replica in self.fleet]
+        """The replicas by name, as `ReplicaStatus` has them."""
+        replicas = sorted(self.fleet, key=lambda replica: replica.name)
+        return [_row(replica.record, ready=replica.takes_requests) for replica in replicas]
 
     def report(self, kind: str, subject: str, detail: str) -> None:
         """Record an event. A full disk loses its line in the file, never the work that it tells of."""

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from configs.errors import ConfigError
 from configs.settings import Settings, home
@@ -55,7 +56,13 @@ def _address(settings: Settings, field: str) -> tuple[str, int]:
 async def _serve(store: Store, options: Options, data: tuple[str, int], api: tuple[str, int]) -> None:
     node = Node(store, options)
     over = _Ending(node)
-    gateway = web.Server(node.gateway.handle, access_log=None, auto_decompress=False, keepalive_timeout=_KEEP_ALIVE_S)
+    gateway = web.Server(
+        node.gateway.handle,
+        access_log=None,
+        auto_decompress=False,
+        keepalive_timeout=_KEEP_ALIVE_S,
+        logger=_http_log(),
+    )
     app = control.application(node, options.token, over.stop_replicas)
     with _bound(data) as data_socket, _bound(api) as api_socket:
         # Requests that come before the replicas are adopted wait in the sockets.
@@ -68,6 +75,13 @@ async def _serve(store: Store, options: Options, data: tuple[str, int], api: tup
             over.watch_signals()
             await node.run_until(over.asked)
     await over.finish()
+
+
+def _http_log() -> logging.Logger:
+    """aiohttp's errors, less what clients sent that is no HTTP: that is answered 400, and is no trouble of ours."""
+    http_log = logging.getLogger(f"{__name__}.http")
+    http_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+    return http_log
 
 
 class _Ending:

@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from pydantic import SecretStr
 
+from configs import settings as configured
 from configs.areas import DatabaseSettings, ObjectStoreSettings
 from configs.errors import ExternalError
 from configs.settings import Settings
+from deployments.local import down
 from deployments.local.parts import Part
 from deployments.local.postgres import Postgres
 from deployments.local.process import spawn
@@ -108,6 +111,24 @@ def postgres(tmp: Path) -> Iterator[DatabaseSettings]:
 def _site(tmp: Path) -> Site:
     held = {port for part, _ in _running.get(tmp, ()) for port in part.ports}
     return Site.prepare(Settings(), tmp, in_use=held)
+
+
+@contextlib.contextmanager
+def stack_home(root: Path, *, prefect: bool = False) -> Iterator[Path]:
+    """A home folder for `deployments.local.up`; whatever runs in it at the end is stopped.
+
+    Without `prefect` the stack is the object store, PostgreSQL and the node: seconds instead of half a minute.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KHET_HOME", str(root))
+        if not prefect:
+            patch.setenv("KHET_STACK__ORCHESTRATOR", "external")
+        configured.settings.cache_clear()
+        try:
+            yield root
+        finally:
+            down()
+            configured.settings.cache_clear()
 
 
 @atexit.register

@@ -136,7 +136,7 @@ def _imported_before(root: Path, recipe: str, settings: Settings) -> ImportRepor
     dataset = Dataset.open(root)
     if dataset.info.origin != recipe or dataset.info.rules != settings.data.model_dump():
         return None
-    return ImportReport.read(root / REPORT).model_copy(update={"unchanged": True})
+    return ImportReport.read(root / REPORT).model_copy(update={"unchanged": True, "root": root})
 
 
 @contextmanager

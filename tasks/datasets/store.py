@@ -29,26 +29,35 @@ class DatasetStore:
         self._threads = threads
 
     def publish(self, dataset: Dataset, on_progress: Progress | None = None) -> None:
-        """Store a dataset; what is there already is not sent again. `on_progress` counts bytes.
+        """Store a dataset; what is there already is not sent again. `on_progress` counts images.
 
         Raises:
             ExternalError: the store failed; the dataset it had before is still the one that counts.
         """
         self._objects.ensure_bucket(self._bucket)
         prefix = _prefix(dataset.name)
-        remote = self.info(dataset.name)
-        if remote == dataset.info:
-            return
-        there = {found.key: found.size_bytes for found in self._objects.list(self._bucket, f"{prefix}images/")}
+        there = {found.key: found.size_bytes for found in self._objects.list(self._bucket, prefix)}
         rows = dataset.rows.select(["path", "size_bytes"]).to_pylist()
         # Names hold the content's hash, so the same name with the same size is the same image.
         missing = [row["path"] for row in rows if there.get(prefix + row["path"]) != row["size_bytes"]]
-        self._objects.upload(self._bucket, {prefix + path: dataset.root / path for path in missing}, on_progress)
+        images = {prefix + path: dataset.root / path for path in missing}
+        self._objects.upload(self._bucket, images, _counting(on_progress, len(rows)))
+        if missing or _manifest_key(dataset.info) not in there or self._published(dataset.name) != dataset.info:
+            self._publish_tables(dataset, prefix)
+
+    def _publish_tables(self, dataset: Dataset, prefix: str) -> None:
         table = dataset.root / manifest.MANIFEST
-        last = {_manifest_key(dataset.info): table, prefix + manifest.MANIFEST: table}
-        last |= {prefix + name: dataset.root / name for name in _REPORTS if (dataset.root / name).exists()}
-        self._objects.upload(self._bucket, last)
+        tables = {_manifest_key(dataset.info): table, prefix + manifest.MANIFEST: table}
+        reports = {prefix + name: dataset.root / name for name in _REPORTS if (dataset.root / name).exists()}
+        self._objects.upload(self._bucket, tables | reports)
         self._objects.put_file(self._bucket, prefix + manifest.INFO, dataset.root / manifest.INFO)
+
+    def _published(self, name: str) -> DatasetInfo | None:
+        """What the store says about the dataset; a damaged answer counts as none, since it is about to be replaced."""
+        try:
+            return self.info(name)
+        except IntegrityError:
+            return None
 
     def info(self, name: str) -> DatasetInfo | None:
         """dataset.json of a published dataset; None if there is none.
@@ -168,6 +177,13 @@ class DatasetStore:
 
 def _prefix(name: str) -> str:
     return f"{_ROOT}{name}/"
+
+
+def _counting(on_progress: Progress | None, images: int) -> Progress | None:
+    """Progress in images for work that counts bytes."""
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(images * done // max(1, total), images)
 
 
 def _manifest_key(info: DatasetInfo) -> str:

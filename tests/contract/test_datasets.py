@@ -175,10 +175,17 @@ def test_a_damaged_store_is_named_and_the_local_copy_kept(photos, name, settings
         datasets.fetch_dataset(name, settings)
     assert not report.root.exists()
     datasets.import_dataset(photos, name, settings)  # the advice of the message
-    store.put(bucket, f"training/{name}/dataset.json", b"{}")
+    forget(name)
+    datasets.fetch_dataset(name, settings).verify()
+
+
+def test_a_damaged_dataset_file_in_the_store_is_named_and_replaced_by_the_next_import(photos, name, settings, store):
+    datasets.import_dataset(photos, name, settings)
+    store.put(settings.object_store.data_bucket, f"training/{name}/dataset.json", b"{}")
     with pytest.raises(IntegrityError, match=r"dataset\.json cannot be read"):
         datasets.fetch_dataset(name, settings)
-    store.delete(bucket, [f"training/{name}/dataset.json"])
+    datasets.import_dataset(photos, name, settings)
+    assert datasets.fetch_dataset(name, settings).info.images == 24
 
 
 def test_a_dataset_that_is_not_there_is_answered_with_those_that_are(photos, name, settings):

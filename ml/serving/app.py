@@ -27,7 +27,7 @@ def build_app(service: Service) -> Any:
         version=service.identity.version,
         description="Send a photo of a leaf, get the most likely disease. One replica serves one model version.",
         redoc_url=None,
-        exception_handlers={HTTPException: _answer_error},
+        exception_handlers={HTTPException: _answer_error, Exception: _answer_error},
     )
     _add_probes(api, service)
     _add_descriptions(api, service)
@@ -81,7 +81,7 @@ def _add_descriptions(api: FastAPI, service: Service) -> None:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     """Unknown path, wrong method and the like, in the same form as every other error."""
-    status, detail, headers = 500, str(error), None
+    status, detail, headers = 500, "This replica failed; its log says why.", None
     if isinstance(error, HTTPException):
         status, detail, headers = error.status_code, str(error.detail), error.headers
     name = HTTPStatus(status).phrase.lower().replace(" ", "_")

@@ -111,7 +111,7 @@ class Spool:
         if not self._root.is_dir():
             return taken, dropped
         for folder in sorted(self._root.iterdir()):
-            if folder != self._folder and folder.is_dir():
+            if folder != self._folder and not folder.name.startswith(".") and folder.is_dir():
                 with _abandoned(folder) as ours:
                     more = self._take_from(folder) if ours else (0, 0)
                 taken, dropped = taken + more[0], dropped + more[1]
@@ -128,14 +128,18 @@ class Spool:
             self._lock_fd = None
 
     def _open(self) -> None:
+        """Make the folder under a hidden name, lock it, then show it: nobody can take it for an abandoned one."""
         if self._lock_fd is not None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not (self._folder / _LOCK).exists():  # somebody took the young folder for an abandoned one
+        hidden = self._folder.with_name(f".{self._folder.name}")
+        hidden.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(hidden / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(self._folder)
+        except OSError:
             os.close(descriptor)
-            raise FileNotFoundError(f"{self._folder} was taken away while it was opened.")
+            raise
         self._lock_fd = descriptor
 
     def _make_room(self, size: int) -> int:
@@ -175,8 +179,8 @@ class Spool:
 def _abandoned(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock if its owner is dead; yields whether it is."""
     try:
-        descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:  # adopted by another replica a moment ago
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:  # just adopted by another replica
         yield False
         return
     try:
@@ -184,9 +188,17 @@ def _abandoned(folder: Path) -> Iterator[bool]:
     except BlockingIOError:
         yield False
     else:
-        yield True
+        yield _is_current(descriptor, folder / _LOCK)
     finally:
         os.close(descriptor)
+
+
+def _is_current(descriptor: int, lock: Path) -> bool:
+    """Whether the file we locked is still the one of that name: another adopter may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove_folder(folder: Path) -> None:

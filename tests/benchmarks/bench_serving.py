@@ -38,6 +38,7 @@ CONNECTIONS = 32
 _PHOTOS = 64
 _TARGET_BYTES = 20_000
 _SLICES = 6
+_RESULT = "result.json"
 
 
 def main(seconds: float = 20.0) -> dict[str, float]:
@@ -136,13 +137,18 @@ def _photo(seed: int) -> bytes:
     return bytes(min(sizes.values(), key=lambda data: abs(len(data) - _TARGET_BYTES)))
 
 
-# The two children; each prints one JSON line. -------------------------------------------------------------------
+# The two children; each leaves its numbers in a file. --------------------------------------------------------------
 
 
 def _child(prefix: list[str], *arguments: str) -> dict[str, Any]:
+    """Run one and read what it wrote; its second argument is the folder."""
     command = [*prefix, sys.executable, "-m", "tests.benchmarks.bench_serving", "--child", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=600)
-    return dict(json.loads(done.stdout))
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    return dict(json.loads((Path(arguments[1]) / _RESULT).read_text(encoding="utf-8")))
+
+
+def _report(folder: Path, numbers: dict[str, Any]) -> None:
+    (folder / _RESULT).write_text(json.dumps(numbers), encoding="utf-8")
 
 
 def _run_limit(folder: Path, seconds: float) -> dict[str, Any]:
@@ -231,6 +237,9 @@ if __name__ == "__main__":
     if not chosen.child:
         main(chosen.seconds)
     elif chosen.child[0] == "limit":
-        print(json.dumps(_run_limit(Path(chosen.child[1]), float(chosen.child[2]))))
+        _report(Path(chosen.child[1]), _run_limit(Path(chosen.child[1]), float(chosen.child[2])))
     else:
-        print(json.dumps(uvloop.run(_run_load(Path(chosen.child[1]), float(chosen.child[2]), chosen.child[3]))))
+        _report(
+            Path(chosen.child[1]),
+            uvloop.run(_run_load(Path(chosen.child[1]), float(chosen.child[2]), chosen.child[3])),
+        )

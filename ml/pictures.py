@@ -102,7 +102,7 @@ def reliability(before: Sequence[Bin], after: Sequence[Bin], eces: tuple[float, 
         if colour == _BLUE:
             bottom.bar(middles, [100 * b.share for b in bins], width=width, color="#bcd3ea")
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", title="Reliability")
-    top.legend(frameon=False, loc="upper left")
+    top.legend(frameon=False, loc="lower right")
     bottom.set(xlabel="confidence (largest probability)", ylabel="% of images")
     for axes in (top, bottom):
         _plain(axes)

@@ -57,7 +57,8 @@ def state(out: Path) -> dict[str, torch.Tensor]:
     saved = torch.load(out / "last.ckpt", weights_only=True)
     moments = saved["optimizer_states"][0]["state"]
     flat = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
-    return saved["state_dict"] | {f"average.{k}": v for k, v in saved["khet"]["average"].items()} | flat
+    average = {f"average.{name}": value for name, value in saved["khet"]["average"].items()}
+    return {**saved["state_dict"], **average, **flat}
 
 
 def untimed(history: tuple[Epoch, ...]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 
@@ -77,7 +78,7 @@ def test_no_torch_is_imported() -> None:
 
 
 def test_a_dataset_with_other_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Dataset, "classes", property(lambda self: ("a", "b")))
+    monkeypatch.setattr(Dataset, "classes", ("a", "b"))
     with pytest.raises(ConfigError, match="knows the classes"):
         evaluating.evaluate(exported() / "model.onnx", dataset(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -139,9 +140,10 @@ def test_severities_fall_into_fifths() -> None:
 class Spot:
     """A model whose confidence in class 1 is the brightness of one corner."""
 
-    def run(self, images: np.ndarray) -> Outputs:
+    def run(self, images: npt.NDArray[np.uint8]) -> Outputs:
         bright = images[:, :8, :8].mean(axis=(1, 2, 3), dtype=np.float32) / 255
-        return Outputs(np.stack([1 - bright, bright], axis=1), np.zeros((len(images), 2)), np.zeros((len(images), 1)))
+        nothing = np.zeros((len(images), 2), dtype=np.float32)
+        return Outputs(np.stack([1 - bright, bright], axis=1).astype(np.float32), nothing, nothing)
 
 
 def test_the_occlusion_map_points_at_what_matters() -> None:

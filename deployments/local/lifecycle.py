@@ -39,7 +39,8 @@ def _ignore(event: PartEvent) -> None:
 def up(settings: Settings, *, on_event: OnEvent = _ignore, wait_for: Collection[str] | None = None) -> StackState:
     """Start the stack, or what is missing of it, and return when it is healthy.
 
-    `wait_for` names the parts to wait for (None: all); the others go on starting in the background.
+    `wait_for` names the parts to wait for (None: all, nothing: none); the others go on starting in the background.
+    A named part that is external has nothing to wait for.
     Ports, credentials and the settings file are complete before the first event.
 
     Raises:
@@ -47,6 +48,8 @@ def up(settings: Settings, *, on_event: OnEvent = _ignore, wait_for: Collection[
         ConfigError: the home folder, a setting or a missing program prevents the start.
         ExternalError: a part did not become healthy; the message names it and ends with its last log lines.
     """
+    if unknown := sorted(set(wait_for or ()) - stack.NAMES):
+        raise ConfigError(f"wait_for: {', '.join(unknown)}: no such part (known: {', '.join(sorted(stack.NAMES))})")
     layout = Layout(home())
     layout.make()
     with _only_one_up(layout):

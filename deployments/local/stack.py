@@ -14,6 +14,7 @@ from deployments.local.process import Identity
 from deployments.local.seaweedfs import WEED_PORTS, ObjectStore
 from deployments.local.site import Site
 
+NAMES = frozenset({"object-store", "postgres", "prefect-server", "prefect-worker", "node"})
 PART_PORTS = {"object-store": WEED_PORTS, "postgres": ("postgres",), "prefect-server": ("prefect",), "node": NODE_PORTS}
 
 

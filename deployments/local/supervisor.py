@@ -26,7 +26,7 @@ from deployments.local.files import Layout, write_private
 from deployments.local.parts import Part
 from deployments.local.runner import Runner
 from deployments.local.site import Site
-from deployments.local.state import PartState, StackState, SupervisorState
+from deployments.local.state import PartState, Phase, StackState, SupervisorState
 from deployments.local.stopping import stop_everything
 
 HOUSEKEEPING_S = 5.0
@@ -40,16 +40,16 @@ class Board:
     def __init__(self, layout: Layout, parts: Sequence[Part]) -> None:
         self._layout = layout
         self._lock = threading.Lock()
-        self._order = [part.name for part in parts]
-        self._parts: dict[str, PartState] = {}
+        # All of them from the beginning: who waits for a part must not find it missing and take that for an answer.
+        self._parts = {p.name: PartState(name=p.name, state=Phase.waiting, address=p.address) for p in parts}
         self._supervisor = SupervisorState(pid=os.getpid(), since=datetime.now(UTC))
 
     def publish(self, part: PartState) -> None:
         """Replace what is known of one part."""
         with self._lock:
-            before = self._parts.get(part.name)
+            before = self._parts[part.name]
             self._parts[part.name] = part
-            if before is None or (before.state, before.detail) != (part.state, part.detail):
+            if (before.state, before.detail) != (part.state, part.detail):
                 log.info("%s: %s: %s", part.name, part.state, part.detail)
             self._write()
 
@@ -60,7 +60,7 @@ class Board:
             self._write()
 
     def _write(self) -> None:
-        known = tuple(self._parts[name] for name in self._order if name in self._parts)
+        known = tuple(self._parts.values())
         state = StackState(home=str(self._layout.root), supervisor=self._supervisor, parts=known)
         try:
             write_private(self._layout.state, state.model_dump_json(indent=1) + "\n", durable=False)

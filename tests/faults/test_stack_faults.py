@@ -130,6 +130,11 @@ def test_up_waits_only_for_what_is_asked_for(home):
     assert up(load_settings()).healthy
 
 
+def test_waiting_for_a_part_that_does_not_exist_is_refused(running):
+    with pytest.raises(ConfigError, match="postgress: no such part"):
+        up(load_settings(), wait_for={"postgress"})
+
+
 def test_status_is_fast_and_imports_no_prefect(running):
     code = "import time, sys; t = time.monotonic(); s = status(); assert s.healthy; d = time.monotonic() - t; "
     code += "assert 'prefect' not in sys.modules and 'boto3' not in sys.modules; print(d)"

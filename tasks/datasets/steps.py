@@ -29,6 +29,6 @@ def check_data(release_id: str, name: str) -> Path:
         IntegrityError: its files do not match its manifest.
     """
     dataset = fetch_dataset(name, settings())
-    counts = [{"split": split, **classes} for split, classes in dataset.info.counts.items()]
+    counts = [{"class": label, **splits} for label, splits in dataset.info.counts.items()]
     show_table(f"data-{release_id}", counts, f"Dataset {name}, manifest {dataset.manifest_hash[:12]}")
     return dataset.root

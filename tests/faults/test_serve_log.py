@@ -203,4 +203,4 @@ def test_a_full_disk_hurts_only_the_log_and_only_for_a_while(home: Path) -> None
         assert replica.metric("prediction_log_rows_total", result="dropped") == 0
         names += _send(replica, 10, "after")
         wait_until(lambda: "The spool takes batches again" in replica.text())
-    _wait_logged(store, names)
+        _wait_logged(store, names)  # while it lives: this disk dies with it

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from configs.errors import KhetError
+from ml.version import Version
 from tasks.progress import Progress as Report
 from tasks.progress import listen
 
@@ -26,6 +27,8 @@ _MARKS = {"done": "[green]✓[/]", "cached": "[cyan]✓[/]", "failed": "[red]✗
 
 def to_json(value: Any) -> Any:
     """Plain JSON types for dataclasses, pydantic models, enums, dates and paths."""
+    if isinstance(value, Version):
+        return str(value)
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

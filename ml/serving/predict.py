@@ -90,7 +90,7 @@ class Front:
         if scope["method"] != "POST":
             raise Refused(405, "method_not_allowed", "Use POST with the bytes of a photo.", ((b"allow", b"POST"),))
         await self._service.bodies.read(head, receive, body)
-        return await self._service.predict(Photo(body.data, head.content_type, request_id, started))
+        return await self._service.predict(Photo(body.data, head.content_type, request_id, started, head.source))
 
     async def _refuse(self, send: Send, receive: Receive, refused: Refused, request_id: str, body: Body) -> int:
         """Answer at once; where the body is still coming, swallow it before the connection is closed."""

@@ -93,6 +93,7 @@ class PredictionLog:
                 prediction.embedding,
                 hashlib.sha256(photo.data).hexdigest(),
                 1e3 * latency_s,
+                photo.source,
             )
         )
 

@@ -2,7 +2,8 @@
 
 Columns: request_id, time (UTC, microseconds), version, class, probability, probs (in the order of the file's metadata
 entry `khet.classes`), ood_score, is_leaf, one `stat_<name>` for each of `ml.images.STATISTICS`, embedding, image_sha256
-(of the bytes as sent, hex), latency_ms (from the request's head to the prediction), replica.
+(of the bytes as sent, hex), latency_ms (from the request's head to the prediction), replica, source (user, shadow: a copy for
+a canary, probe: a replayed holdout photo).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Row:
     embedding: Floats
     image_sha256: str
     latency_ms: float
+    source: str = "user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def _table(rows: Sequence[Row], origin: Origin) -> Any:
         "image_sha256": pa.array([row.image_sha256 for row in rows]),
         "latency_ms": pa.array([row.latency_ms for row in rows], pa.float32()),
         "replica": pa.array([origin.replica] * count),
+        "source": pa.array([row.source for row in rows]),
     }
     about = {"khet.schema": _SCHEMA_VERSION, "khet.classes": json.dumps(list(origin.classes))}
     return pa.table(columns).replace_schema_metadata(about)

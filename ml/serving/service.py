@@ -28,6 +28,7 @@ class Photo:
     content_type: bytes
     request_id: str
     started: float
+    source: str = "user"
 
 
 class PredictionSink(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from configs.errors import ExternalError
 from ml.images import STATISTICS
+from ml.serving.bodies import read_head
 from ml.serving.metrics import Metrics
 from ml.serving.prediction_log import LogSettings, PredictionLog
 from ml.serving.rows import Batch, Origin, Row, to_batches
@@ -56,6 +58,17 @@ def test_a_row_survives_parquet() -> None:
     assert first["embedding"] == [0.0, 1.0, 2.0, 3.0]
     assert first["stat_sharpness"] == 0.5
     assert json.loads(table.schema.metadata[b"khet.classes"]) == ["healthy", "blight"]
+
+
+@pytest.mark.parametrize(
+    ("header", "source"), [(None, "user"), (b"x-khet-shadow", "shadow"), (b"x-khet-probe", "probe")]
+)
+def test_copies_and_probes_are_told_from_users_photos(header: bytes | None, source: str) -> None:
+    head = read_head({"headers": [(header, b"1")] if header else []})
+    assert head.source == source
+    row = dataclasses.replace(_row(), source=head.source)
+    table = pq.read_table(io.BytesIO(to_batches([row], ORIGIN)[0].data))
+    assert table["source"].to_pylist() == [source]
 
 
 def test_a_batch_is_cut_at_midnight_utc() -> None:

@@ -2,8 +2,8 @@
 
 Columns: request_id, time (UTC, microseconds), version, class, probability, probs (in the order of the file's metadata
 entry `khet.classes`), ood_score, is_leaf, one `stat_<name>` for each of `ml.images.STATISTICS`, embedding, image_sha256
-(of the bytes as sent, hex), latency_ms (from the request's head to the prediction), replica, source (user, shadow: a copy for
-a canary, probe: a replayed holdout photo).
+(of the bytes as sent, hex), latency_ms (from the request's head to the prediction), replica, source (user; shadow: a
+copy for a canary; probe: a replayed holdout photo).
 """
 
 from __future__ import annotations

@@ -76,14 +76,18 @@ def ensure_automations(api: PrefectApi, heartbeat_s: int) -> None:
 
 
 def automations(heartbeat_s: int) -> list[dict[str, Any]]:
-    """What Prefect itself does not notice: a run whose process and supervisor both died, and one that never starts."""
+    """What Prefect itself does not notice: a run whose process and supervisor both died, and one that never starts.
+
+    Every process that runs flows must send heartbeats this often (`flow_environment`): Prefect's default is 180 s.
+    """
     # Prefect sends no more than one heartbeat in 30 s, whatever it is asked for.
     silence_s = 3.0 * max(heartbeat_s, 30)
     return [
         _crash_when_silent(
             "khet: crash zombie runs",
             f"A running flow that sends no heartbeat for {silence_s:.0f} s has lost its process.",
-            after=["prefect.flow-run.heartbeat"],
+            # Running too: a run that dies at once may not have delivered a single heartbeat.
+            after=["prefect.flow-run.Running", "prefect.flow-run.heartbeat"],
             within_s=silence_s,
         ),
         _crash_when_silent(

@@ -144,7 +144,6 @@ class PrefectWorker:
 
     site: Site
     name: str = "prefect-worker"
-    needs: tuple[str, ...] = ()  # it waits for the server by itself, importing Prefect meanwhile
     ports: tuple[str, ...] = ()
     stop_signal: signal.Signals = signal.SIGTERM
 
@@ -152,6 +151,11 @@ class PrefectWorker:
     def address(self) -> str:
         """The pool it serves."""
         return f"work pool {self.site.settings.orchestrator.work_pool}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What its server needs: it waits for the server by itself, and imports Prefect side by side with it."""
+        return ("postgres",) if self.site.prefect_on_postgres else ()
 
     def prepare(self) -> None:
         """Nothing: its pool is made by the server part."""

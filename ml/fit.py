@@ -46,7 +46,7 @@ def fit(config: TrainingConfig, data: Dataset, out: Path, run_id: str) -> TrainR
     follower = _tracker(config, out, run_id)
     with Display(f"training {config.net}") as display:
         recorder = Recorder(out, module, _describer(config, data), follower, display)
-        trainer = _trainer(config, recorder, out)
+        trainer = _trainer(config, [recorder], out)
         trainer.fit(module, ckpt_path=resume, weights_only=True)
     result = _result(config, data, out, recorder, module)
     if trainer.is_global_zero:
@@ -95,7 +95,7 @@ def _describer(config: TrainingConfig, data: Dataset) -> Callable[[Epoch], Train
     return described
 
 
-def _trainer(config: TrainingConfig, recorder: Recorder, out: Path) -> pl.Trainer:
+def _trainer(config: TrainingConfig, callbacks: list[pl.Callback], out: Path) -> pl.Trainer:
     """A trainer without the parts that cost time or files: own progress, checkpoints and tracking replace them."""
     cuda = not _on_cpu(config)
     if cuda:
@@ -106,7 +106,7 @@ def _trainer(config: TrainingConfig, recorder: Recorder, out: Path) -> pl.Traine
         precision=_precision(config, cuda), max_epochs=config.budget.epochs or -1,
         gradient_clip_val=config.optimizer.clip_norm, check_val_every_n_epoch=config.validate_every,
         sync_batchnorm=cuda and config.devices > 1, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=[recorder], logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=out,
     )  # fmt: skip
 

@@ -85,7 +85,7 @@ class Display:
     def __init__(self, title: str, *, quiet_s: float = 5.0) -> None:
         self._bar = _bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task(title, total=1.0, text="starting") if self._bar else None
-        self._title, self._quiet_s, self._last = title, quiet_s, float("-inf")
+        self._title, self._quiet_s, self._last = title, quiet_s, time.monotonic() - quiet_s
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -107,7 +107,7 @@ class Display:
         """Move the bar, or print a line."""
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=fraction)
-        elif time.monotonic() - self._last >= self._quiet_s or fraction >= 1.0:
+        elif time.monotonic() - self._last >= self._quiet_s or (fraction >= 1.0 and self._quiet_s < float("inf")):
             self._last = time.monotonic()
             print(
                 f"{self._title}: {fraction:4.0%}  epoch {epoch.epoch}  loss {epoch.train_loss:.3f}  "

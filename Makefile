@@ -24,8 +24,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: setup      ## Start the local stack, import sample data, run a release, print where to look
-	$(BIN)/khet up
+	$(BIN)/khet up --wait-for object-store
 	$(BIN)/khet data sample --name leaves
+	$(BIN)/khet up
+	$(BIN)/khet deploy
 	$(BIN)/khet release --data leaves
 
 test: $(VENV)/.installed-dev ## Run the tests (under 20 minutes on two cores)

@@ -29,7 +29,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
-def up(as_json: Json = False) -> None:
+def up(
+    wait_for: Annotated[
+        list[str] | None,
+        typer.Option("--wait-for", help="Return when this part is healthy (repeatable); the others go on starting."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Start the local stack and wait until it is healthy.
 
     Example: khet up
@@ -39,7 +45,7 @@ def up(as_json: Json = False) -> None:
     from flows.commands import stack
 
     with stack.live(quiet=as_json) as on_event:
-        state = local.up(load_settings(), on_event=on_event)
+        state = local.up(load_settings(), on_event=on_event, wait_for=wait_for)
     stack.show(state, as_json=as_json)
 
 

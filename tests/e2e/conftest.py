@@ -11,12 +11,12 @@ from tests.support.local_stack import LocalStack, start_local_stack
 
 # Quick, and lenient where a model trained for seconds cannot be good; the rules are the shipped ones.
 QUICK = {
-    "KHET_GATE__MIN_ACCURACY": "0.3",
+    "KHET_GATE__MIN_ACCURACY": "0.6",
     "KHET_GATE__MIN_RECALL": "0.0",
     "KHET_GATE__MAX_ECE": "0.5",
     "KHET_GATE__ACCURACY_MARGIN": "0.15",
     "KHET_GATE__MISSED_DISEASE_MARGIN": "0.3",
-    "KHET_JUDGE__MAX_DISAGREEMENT": "0.6",
+    "KHET_JUDGE__MAX_DISAGREEMENT": "0.5",
     "KHET_JUDGE__ACCURACY_MARGIN": "0.2",
     "KHET_JUDGE__MAX_SLOW_SHARE": "0.3",
     "KHET_CANARY__LEASE_S": "8",
@@ -27,7 +27,7 @@ QUICK = {
     "KHET_TRACKING__MODE": "disabled",
     "KHET_ORCHESTRATOR__APPROVAL_TIMEOUT_S": "120",
 }
-GOOD = "dataset: leaves\nbudget: {epochs: 10}\npx: 32\nbatch_size: 32\noptimizer: {lr: 0.004}\n"
+GOOD = "dataset: leaves\nbudget: {epochs: 40}\npx: 32\nbatch_size: 32\noptimizer: {lr: 0.004}\nvalidate_every: 10\n"
 BAD = "dataset: leaves\nbudget: {epochs: 1}\npx: 32\nbatch_size: 256\noptimizer: {lr: 1.0e-9}\nema_decay: null\n"
 
 
@@ -36,7 +36,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """A running stack with the dataset `leaves`."""
     started = start_local_stack(tmp_path_factory.mktemp("e2e") / "khet", **QUICK)
     try:
-        started.khet("data", "sample", "--name", "leaves", "--count", "800")
+        started.khet("data", "sample", "--name", "leaves", "--count", "1200")
         yield started
     finally:
         started.khet("down", code=None)

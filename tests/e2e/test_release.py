@@ -42,7 +42,9 @@ def test_two_releases_and_the_second_serves(stack: LocalStack, good: Path) -> No
     alias = json.loads("\n".join(aws(stack, "s3", "cp", "s3://khet-guard-models/aliases/production.json", "-")))
     assert alias["to"] == version
 
-    answer = json.loads(curl("--data-binary", f"@{a_photo(stack)}", f"{stack.gateway()}/predict"))
+    answer = json.loads(
+        curl("-H", "Content-Type: image/jpeg", "--data-binary", f"@{a_photo(stack)}", f"{stack.gateway()}/predict")
+    )
     assert answer["model_version"] == version
     assert json.loads(curl(f"{stack.gateway()}/version"))["version"] == version
 
@@ -64,8 +66,8 @@ def test_prefect_knows_the_run_and_its_artifacts(served: LocalStack) -> None:
     body = json.dumps({"artifacts": {"key": {"like_": record["release_id"]}}, "limit": 50})
     found = json.loads(curl("-H", "Content-Type: application/json", "-d", body, f"{api}/artifacts/filter"))
     keys = {artifact["key"] for artifact in found}
-    assert {f"release-{record['release_id']}", f"stages-{record['release_id']}"} <= keys
-    assert {artifact["type"] for artifact in found} >= {"markdown", "table", "link", "progress", "image"}
+    assert {f"{kind}-{record['release_id']}" for kind in ("release", "stages", "report", "timeline")} <= keys
+    assert {artifact["type"] for artifact in found} >= {"markdown", "table", "progress", "image"}
 
 
 def test_a_dry_run_changes_nothing(served: LocalStack, good: Path) -> None:

@@ -103,7 +103,7 @@ class Recorder(Checkpoint):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fresh_s += time.monotonic() - self._mark
+        self._count_time()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -113,6 +113,7 @@ class Recorder(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._fresh_images == 0:  # a resumed run passes here once before it trains
             return
+        self._count_time()
         if self._module.take_validated():
             self._record(trainer)
         self._save(trainer)
@@ -124,6 +125,11 @@ class Recorder(Checkpoint):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._log is not None:
             self._log.close()
+
+    def _count_time(self) -> None:
+        """Training time ends here; validating and saving do not count."""
+        now = time.monotonic()
+        self._fresh_s, self._mark = self._fresh_s + now - self._mark, now
 
     # Work -------------------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ def _trainer(config: TrainingConfig, callbacks: list[pl.Callback], out: Path) ->
     return pl.Trainer(
         accelerator=config.accelerator, devices=config.devices, strategy=_strategy(config),
         precision=_precision(config, cuda), max_epochs=config.budget.epochs or -1,
-        gradient_clip_val=config.optimizer.clip_norm, check_val_every_n_epoch=config.validate_every,
+        check_val_every_n_epoch=config.validate_every,
         sync_batchnorm=cuda and config.devices > 1, use_distributed_sampler=False, num_sanity_val_steps=0,
         callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=out,

@@ -137,6 +137,7 @@ class Classifier(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.average is not None and "average" in self._restored:
             self.average.load_state_dict(self._restored["average"])
+        self._reset_sums()  # on the device, where the module is by now
         self._sums.copy_(self._restored.get("sums", self._sums))
         self.clock.start(float(self._restored.get("elapsed_s", 0.0)))
         self._restored = {}
@@ -183,6 +184,17 @@ class Classifier(pl.LightningModule):
         loss = cross_entropy(self.model(pixels), labels, label_smoothing=self.config.label_smoothing)
         self.last_loss = loss.detach()
         return loss
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip here: Lightning refuses to with a fused optimizer, which matters for fp16 only."""
+        if self.config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,29 @@ def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
 def test_batches_can_live_in_device_memory(tmp_path: Path) -> None:
     result = train.train(config(device_resident="on"), dataset(), tmp_path)
     assert result.history[-1].train_loss < result.history[0].train_loss
+
+
+def test_the_settings_of_a_gpu_run_on_a_cpu_too(tmp_path: Path) -> None:
+    settings = config(
+        device_resident="on", precision="bf16-mixed", optimizer={"lr": 0.003, "clip_norm": 1.0}, budget={"epochs": 1}
+    )
+    assert train.train(settings, dataset(), tmp_path).history[0].train_loss < 2.2
+
+
+def test_clipping_bounds_every_step(tmp_path: Path) -> None:
+    held = config(optimizer={"lr": 0.003, "clip_norm": 1e-12}, budget={"epochs": 1}, ema_decay=None)
+    free = config(optimizer={"lr": 0.003}, budget={"epochs": 1}, ema_decay=None)
+    losses = [train.train(c, dataset(), tmp_path / str(i)).history[0].train_loss for i, c in enumerate((held, free))]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_learns_the_same(tmp_path: Path) -> None:
+    eager, compiled = (
+        train.train(config(compile=mode, device_resident="on"), dataset(), tmp_path / mode) for mode in ("off", "on")
+    )
+    assert compiled.history[-1].train_loss == pytest.approx(eager.history[-1].train_loss, abs=0.1)
 
 
 def test_a_seconds_budget_ends_the_run_and_validates_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -190,17 +191,15 @@ def test_a_version_that_never_served_is_no_rollback_target(served: LocalStack) -
 @pytest.mark.parametrize("answer", ["yes", "no"])
 def test_ask_waits_for_a_person(served: LocalStack, good: Path, answer: str) -> None:
     before = served.production()
+    known = {r["release_id"] for r in served.releases()}
     process = served.begin("release", "--config", str(good), "--ask")
-    waiting = "waiting up to"
-    wait_until(
-        "the release waits",
-        lambda: (
-            process.poll() is not None or any(waiting in event["text"] for event in served.releases()[-1]["events"])
-        ),
-        timeout_s=240,
-        poll_s=1.0,
-    )
-    record = served.releases()[-1]
+
+    def waiting() -> dict[str, Any] | None:
+        assert process.poll() is None, "the release ended without asking"
+        new = [r for r in served.releases() if r["release_id"] not in known]
+        return new[0] if new and any("waiting up to" in event["text"] for event in new[0]["events"]) else None
+
+    record = wait_until("the release waits", waiting, timeout_s=240, poll_s=1.0)
     wait_until("prefect shows the pause", lambda: _paused(served), timeout_s=30)
     assert set(served.traffic()) == {before}
     served.khet("approve", record["release_id"], "--comment", "seen", *(["--no"] if answer == "no" else []))

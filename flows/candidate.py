@@ -120,7 +120,8 @@ def _champion_scores(session: ReleaseSession, dataset: Dataset, work: Path) -> E
         session.say(f"the champion {champion} knows other classes than this data: their answers are not compared")
         return None
     onnx = bundle.path("model.onnx")
-    return session.run("evaluate champion", evaluate_champion, session.id, onnx, dataset.root, work / "champion-scores")
+    scores = work / "champion-evaluation"
+    return session.run("evaluate champion", evaluate_champion, session.id, onnx, dataset.root, scores)
 
 
 def _publish(session: ReleaseSession, candidate: Candidate) -> Candidate:

@@ -118,33 +118,17 @@ def export(release_id: str, trained: TrainResult, dataset_root: Path, folder: Pa
     timeout_seconds=1 * HOURS,
 )
 def evaluate(release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
-    """Score the exported file on the holdout, with pictures."""
-    return _evaluate("evaluate", release_id, onnx, dataset_root, folder)
-
-
-@task(
-    name="evaluate-champion",
-    task_run_name="evaluate-champion-{release_id}",
-    persist_result=True,
-    cache_key_fn=by_release,
-    retries=1,
-    retry_condition_fn=retry_external,
-    timeout_seconds=1 * HOURS,
-)
-def evaluate_champion(release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
-    """Score the champion on the same holdout."""
-    return _evaluate("evaluate champion", release_id, onnx, dataset_root, folder)
-
-
-def _evaluate(stage: str, release_id: str, onnx: Path, dataset_root: Path, folder: Path) -> Evaluation:
+    """Score an exported file on the holdout, with pictures, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    report(stage, "running", "scoring the holdout")
     arguments = ["--model", str(onnx), "--data", str(dataset_root), "--out", str(folder)]
     run_child(["ml.evaluate", *arguments], folder / "evaluate.log", on_line=lambda _: None)
     evaluation = Evaluation.read(folder / "evaluation.json")
-    key = f"{stage.replace(' ', '-')}-{release_id}"
-    show_markdown(key, _card(evaluation), f"Holdout scores ({stage})")
+    show_markdown(f"{folder.name}-{release_id}", _card(evaluation), f"Holdout scores ({folder.name})")
     return evaluation
+
+
+# A task of its own in the UI and in the cache: the same work on the champion's file.
+evaluate_champion = evaluate.with_options(name="evaluate-champion", task_run_name="evaluate-champion-{release_id}")
 
 
 def _card(evaluation: Evaluation) -> str:

@@ -280,7 +280,7 @@ def test_a_normal_user_needs_no_disguise():
 def test_root_without_any_way_is_told_what_to_do(monkeypatch):
     monkeypatch.setattr(pg, "_UNSHARE", ("false",))
     monkeypatch.setattr(pg, "_NOBODY", 4_294_967_294)
-    binaries = replace(find_binaries(None), folder=Path("/root/.nothing"))
+    binaries = replace(find_binaries(None), folder=Path.home() / ".nothing")
     with pytest.raises(ConfigError, match="run as a normal user, set stack"):
         pg.choose_guise(binaries, uid=0)
 

@@ -6,6 +6,7 @@ successor resumes from.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -89,7 +90,11 @@ def _read_on(path: Path, offset: int) -> tuple[int, list[dict[str, Any]]]:
         file.seek(offset)
         added = file.read()
     whole = added[: added.rfind(b"\n") + 1]
-    return offset + len(whole), [json.loads(line) for line in whole.splitlines() if line.strip()]
+    lines: list[dict[str, Any]] = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):  # a line that a kill cut: progress is only shown, never counted on
+            lines.append(json.loads(line))
+    return offset + len(whole), lines
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

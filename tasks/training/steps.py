@@ -9,6 +9,7 @@ from typing import Any
 from prefect import get_run_logger, task
 
 from configs.training import TrainingConfig
+from ml.progress import Tick
 from ml.results import Epoch, Evaluation, ExportResult, TrainResult
 from tasks.prefect_support import (
     RETRY_DELAYS,
@@ -63,9 +64,9 @@ class _Watcher:
         self._logger = get_run_logger()
 
     def see(self, line: dict[str, Any]) -> None:
-        """Take one line of progress.jsonl: an epoch, or a tick within one."""
-        if "val_accuracy" in line:
-            epoch = Epoch.model_validate({name: line[name] for name in Epoch.model_fields})
+        """Take one line of progress.jsonl: a validated epoch, or a tick within one."""
+        if "epoch" in line:
+            epoch = Epoch.model_validate(line["epoch"])
             self._logger.info(
                 "epoch %d: val accuracy %.4f, val loss %.4f, %.0f images/s",
                 epoch.epoch,
@@ -74,9 +75,10 @@ class _Watcher:
                 epoch.images_per_s,
             )
             report("train", "running", f"epoch {epoch.epoch}: {epoch.val_accuracy:.1%} on validation")
-        elif "fraction" in line:
-            self._bar.update(line["fraction"])
-            report("train", "running", f"{line.get('images_per_s', 0):.0f} images/s", line["fraction"])
+        elif "tick" in line:
+            tick = Tick.model_validate(line["tick"])
+            self._bar.update(tick.fraction)
+            report("train", "running", f"loss {tick.loss:.3f}, {tick.images_per_s:.0f} images/s", tick.fraction)
 
     def finish(self, curves: Path) -> None:
         """Show the whole curve."""

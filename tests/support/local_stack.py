@@ -15,7 +15,11 @@ from typing import Any
 
 import yaml
 
-from configs.settings import PROJECT_ROOT
+from configs.settings import PROJECT_ROOT, Settings
+from ml.objects import ObjectStore
+from tasks.cluster import ClusterStatus, cluster
+from tasks.registry import Registry
+from tasks.rollout import journal
 
 KHET = [sys.executable, "-c", "from flows.cli import main; main()"]
 
@@ -62,18 +66,34 @@ class LocalStack:
         """Where predictions are asked for."""
         return str(self.settings()["cluster"]["gateway_url"])
 
+    # What is looked at again and again is read in this process: a command a look would cost more than what it watches.
+
+    def typed(self) -> Settings:
+        """The settings as the flows of this stack read them."""
+        return Settings(**self.settings())
+
     def releases(self) -> list[dict[str, Any]]:
         """Every release's record."""
-        return list(self.json("releases"))
+        store = self.typed().object_store
+        return [r.model_dump(mode="json") for r in journal.releases(ObjectStore(store), store.models_bucket)]
 
     def production(self) -> str | None:
         """The version the alias points at."""
-        return next((str(v["version"]) for v in self.json("versions") if "production" in v["aliases"]), None)
+        alias = Registry.from_settings(self.typed()).alias("production")
+        return str(alias.version) if alias else None
+
+    def versions(self) -> set[str]:
+        """Published versions."""
+        return {str(info.version) for info in Registry.from_settings(self.typed()).versions()}
+
+    def cluster(self) -> ClusterStatus:
+        """What the node says."""
+        return cluster(self.typed()).status()
 
     def traffic(self) -> dict[str, float]:
         """Share of the traffic by version."""
-        cluster = self.json("status")["cluster"]
-        return {cluster["versions"][track]: share for track, share in cluster["weights"].items() if share}
+        status = self.cluster()
+        return {str(status.versions[track]): share for track, share in status.weights.items() if share}
 
     def set_faults(self, faults: dict[str, dict[str, float]]) -> None:
         """What the replicas of these versions do wrong, from their next start."""

@@ -28,6 +28,8 @@ demo: setup      ## Start the local stack, import sample data, run a release, pr
 	$(BIN)/khet data sample --name leaves
 	$(BIN)/khet up
 	$(BIN)/khet deploy
+	@# A canary needs a champion to share traffic with: the first time, a quick baseline becomes it.
+	@$(BIN)/khet show production --json >/dev/null 2>&1 || $(BIN)/khet release --data leaves --config configs/training/baseline.yaml
 	$(BIN)/khet release --data leaves
 
 test: $(VENV)/.installed-dev ## Run the tests (under 20 minutes on two cores)

@@ -84,7 +84,7 @@ def lead(report: ReleaseReport) -> str:
     """Who serves now, as far as this release knows."""
     champion = report.champion_version
     if report.outcome == "promoted":
-        return f"{champion} stays published, one rollback away." if champion else "It is the first version in production."
+        return f"{champion} is one rollback away." if champion else "It is the first version in production."
     if report.outcome == "failed" and _was_live(report):
         return (
             f"It failed while or after {subject(report)} had user traffic; an unjudged canary loses it when its lease "

@@ -64,6 +64,17 @@ def learning_rate(fraction: float, config: OptimizerConfig) -> float:
     return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * 0.5 * (1.0 + math.cos(math.pi * rest)))
 
 
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed the generators that a step draws from: the CPU's and the device's.
+
+    `torch.manual_seed` would also queue a call, with a formatted stack, for every kind of device that is not there:
+    a millisecond a step, and a list that grows with the run.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
 class Classifier(pl.LightningModule):
     """Trains an `ImageModel`. State that Lightning does not keep travels in the checkpoint under `khet`.
 
@@ -145,7 +156,7 @@ class Classifier(pl.LightningModule):
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step
-        torch.manual_seed((self.config.seed << 20) + step * self.trainer.world_size + self.trainer.global_rank)
+        seed_step((self.config.seed << 20) + step * self.trainer.world_size + self.trainer.global_rank, self.device)
         self._agree(step)
         rate = learning_rate(self.fraction, self.config.optimizer)
         for group in self.trainer.optimizers[0].param_groups:

@@ -41,7 +41,7 @@ from ml.ema import Average
 from ml.hardware import cores, quiet_threads
 from ml.leaves import FOLDERS, render
 from ml.model import ImageModel
-from ml.module import Arrays, Classifier, learning_rate
+from ml.module import Arrays, Classifier, learning_rate, seed_step
 from ml.net import build
 from ml.progress import Display
 from ml.recorder import Recorder
@@ -172,7 +172,7 @@ def _plain_steps(config: TrainingConfig, arrays: Arrays) -> Iterator[None]:
     average, a, total = Average(model.net, 0.998), config.augmentation, torch.zeros(())
     batches = TrainBatches(HostImages(arrays.images, arrays.labels), config.batch_size, seed=0)
     for step, (pixels, labels) in enumerate(batches):
-        torch.manual_seed(step)
+        seed_step(step, pixels.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / len(batches), config.optimizer)
         changed = augment(pixels, *draw(config.px, a, pixels.device), a.gain, a.white_balance)

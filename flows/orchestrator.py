@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import httpx
@@ -11,6 +12,8 @@ from configs.errors import ConfigError, ExternalError
 from configs.settings import Settings, home
 
 _TIMEOUT_S = 10.0
+# A run is PAUSED a moment before its question is stored, and refuses answers until then.
+_RESUME_PAUSES_S = (0.5, 1.0, 2.0)
 
 
 def prefect_environment(settings: Settings) -> dict[str, str]:
@@ -86,7 +89,11 @@ class PrefectApi:
         Raises:
             ExternalError: the server refused the answer (it says so with HTTP 200).
         """
-        result = self.post(f"/flow_runs/{flow_run_id}/resume", {"run_input": answer})
-        if result and result.get("status") not in ("ACCEPT", None):
-            reason = (result.get("details") or {}).get("reason", "no reason given")
-            raise ExternalError(f"The answer was not accepted: {reason}. The release still waits.", retryable=False)
+        for pause_s in (*_RESUME_PAUSES_S, None):
+            result = self.post(f"/flow_runs/{flow_run_id}/resume", {"run_input": answer}) or {}
+            if result.get("status") in ("ACCEPT", None):
+                return
+            if pause_s is not None:
+                time.sleep(pause_s)
+        reason = (result.get("details") or {}).get("reason", "no reason given")
+        raise ExternalError(f"The answer was not accepted: {reason}. The release still waits.", retryable=False)

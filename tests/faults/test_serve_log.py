@@ -199,7 +199,8 @@ def test_a_full_disk_hurts_only_the_log_and_only_for_a_while(home: Path) -> None
         assert "No space left on device" in replica.text()
         assert replica.get("/readyz").status_code == 200
         start_object_store(home / "s3")
-        wait_until(lambda: replica.metric("prediction_log_rows_total", result="written") == 120, 30.0)
+        # The pause between two tries has grown to half a minute by now.
+        wait_until(lambda: replica.metric("prediction_log_rows_total", result="written") == 120, 90.0)
         assert replica.metric("prediction_log_rows_total", result="dropped") == 0
         names += _send(replica, 10, "after")
         wait_until(lambda: "The spool takes batches again" in replica.text())

@@ -193,7 +193,9 @@ def test_a_server_restart_does_not_crash_a_running_flow(stack):
     before = _part("prefect-server").restarts
     os.kill(_part("prefect-server").pid, signal.SIGKILL)
     until(lambda: _part("prefect-server").restarts > before and status().healthy, timeout_s=150)
-    assert stack.api.call("POST", f"/flow_runs/{run}/resume", {"run_input": {"yes": True}})["status"] == "ACCEPT"
+    # PAUSED comes before the question itself is stored; a server killed between the two gets it when it is back.
+    answer = {"run_input": {"yes": True}}
+    until(lambda: stack.api.call("POST", f"/flow_runs/{run}/resume", answer)["status"] == "ACCEPT", timeout_s=60)
     stack.until_state(run, "COMPLETED")
 
 

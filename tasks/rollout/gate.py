@@ -16,7 +16,7 @@ def gate(challenger: Evaluation, exported: ExportResult, champion: Evaluation | 
     readings = [*_floors(challenger, exported, limits)]
     notes: list[str] = []
     if champion is None:
-        notes.append("there is no champion yet: only the floors counted")
+        notes.append("there is no champion to compare it with: only the floors counted")
     elif not comparable(challenger, champion):
         notes.append("the champion knows other classes or saw another holdout: only the floors counted")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,17 +141,7 @@ def _publish(session: ReleaseSession, candidate: Candidate) -> Candidate:
     version = session.run("publish", publish, session.id, publication)
     session.change(version=str(version))
     session.audit("publish", str(version), "done")
-    return Candidate(
-        version,
-        candidate.config,
-        candidate.dataset,
-        candidate.folder,
-        candidate.trained,
-        candidate.exported,
-        candidate.evaluation,
-        candidate.champion_evaluation,
-        candidate.gate,
-    )
+    return dataclasses.replace(candidate, version=version)
 
 
 def holdout_probes(dataset: Dataset, limit: int) -> Sequence[Probe]:

@@ -11,7 +11,7 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from configs.base import load_yaml
-from configs.errors import GateError, KhetError
+from configs.errors import GateError
 from configs.settings import PROJECT_ROOT
 from configs.training import TrainingConfig
 from flows import hooks, reporting
@@ -171,6 +171,3 @@ def show_plan(run_id: str, config: TrainingConfig, version: str | None) -> Relea
         report("plan", "note", f"would: {sentence}")
     reporting.show_plan(record, sentences)
     return record
-
-
-__all__ = ["Approval", "KhetError", "release"]

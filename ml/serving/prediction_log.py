@@ -27,7 +27,8 @@ from ml.serving.spool import Entry, Spool
 logger = logging.getLogger(__name__)
 # Rows in memory, in batches: enough for a writer that is held up for seconds.
 _QUEUED_BATCHES: Final = 20
-# Batches in memory while the disk takes none; they go straight to the store.
+# Rows in memory while the disk takes none, in full batches; they go straight to the store. Counted in rows, because
+# a slow trickle of requests makes many small batches.
 _BATCHES_WITHOUT_DISK: Final = 16
 _BACKOFF_S: Final = (0.5, 30.0)
 _ADOPT_EVERY_S: Final = 30.0
@@ -64,7 +65,8 @@ class PredictionLog:
         self._stopping = False
         self._full_batch = threading.Event()
         self._spool = spool
-        self._deliverer = Deliverer(settings.bucket, put, spool, metrics)
+        rows_in_memory = _BATCHES_WITHOUT_DISK * settings.batch_rows
+        self._deliverer = Deliverer(settings.bucket, put, spool, metrics, rows_in_memory)
         self._spool_broken = False
         self._writer = threading.Thread(target=self._write, name="log-writer", daemon=True)
         metrics.watch("prediction_log_queued_rows", "Rows in memory.", lambda: len(self._queue))
@@ -164,6 +166,7 @@ class Deliverer:
         put: Put,
         spool: Spool,
         metrics: Metrics,
+        rows_in_memory: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bucket = bucket
@@ -171,7 +174,9 @@ class Deliverer:
         self._spool = spool
         self._metrics = metrics
         self._clock = clock
+        self._rows_in_memory = rows_in_memory
         self._memory: deque[Batch] = deque()
+        self._lock = threading.Lock()
         self._news = threading.Event()
         self._stopping = threading.Event()
         self._failures = 0
@@ -188,9 +193,10 @@ class Deliverer:
 
     def deliver_from_memory(self, batch: Batch) -> None:
         """Take a batch the disk refused; the oldest of too many is counted and forgotten."""
-        if len(self._memory) >= _BATCHES_WITHOUT_DISK:
-            self._drop(self._memory.popleft().rows)
-        self._memory.append(batch)
+        with self._lock:
+            self._memory.append(batch)
+            while len(self._memory) > 1 and sum(kept.rows for kept in self._memory) > self._rows_in_memory:
+                self._drop(self._memory.popleft().rows)
         self.wake()
 
     def stop(self, timeout_s: float) -> None:
@@ -219,10 +225,12 @@ class Deliverer:
 
     def _deliver_all(self) -> bool:
         """Deliver until nothing is left; False at the first failure of the store."""
-        while self._memory:
-            if not self._send(self._memory[0].key, self._memory[0].data):
+        while (batch := self._take()) is not None:
+            if not self._send(batch.key, batch.data):
+                with self._lock:
+                    self._memory.appendleft(batch)
                 return False
-            self._metrics.log_rows("written", self._memory.popleft().rows)
+            self._metrics.log_rows("written", batch.rows)
         while (borrowed := self._borrow()) is not None:
             entry, data = borrowed
             if not self._send(entry.key, data):
@@ -231,6 +239,11 @@ class Deliverer:
             self._metrics.log_rows("written", entry.rows)
             self._forget(entry)
         return True
+
+    def _take(self) -> Batch | None:
+        """The oldest batch in memory: out of the queue while it is sent, so that making room never touches it."""
+        with self._lock:
+            return self._memory.popleft() if self._memory else None
 
     def _send(self, key: str, data: bytes) -> bool:
         try:

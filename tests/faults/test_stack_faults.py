@@ -28,6 +28,7 @@ from deployments.local import PartEvent, Phase, StackState, doctor, down, status
 from deployments.local import ports as port_choice
 from deployments.local.files import Layout, read_json, write_json
 from deployments.local.process import Identity, identify, marked, recall, wait_gone
+from deployments.local.seaweedfs import shared_sockets
 from deployments.local.stack import leftovers
 from tests.support.stack import stack_home
 
@@ -108,7 +109,7 @@ def test_down_stops_everything_in_ten_seconds_and_leaves_no_process(home):
     assert {e.part for e in events if e.state is Phase.stopped} >= {"object-store", "postgres"}
     assert leftovers(home) == []
     assert marked(home) == []
-    assert [p for p in Path("/tmp").glob("seaweedfs-*") if _belongs(p, home)] == []
+    assert [p for p in shared_sockets(port_choice.remembered(Layout(home).ports)) if p.exists()] == []
     assert status() == StackState(home=str(home))
     down()
 
@@ -401,8 +402,3 @@ def _binaries() -> Path:
     from deployments.local.postgres import find_binaries
 
     return find_binaries(None).folder
-
-
-def _belongs(socket_file: Path, home: Path) -> bool:
-    numbers = port_choice.remembered(Layout(home).ports).values()
-    return any(socket_file.name.endswith(f"-{number}.sock") for number in numbers)

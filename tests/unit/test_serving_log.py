@@ -254,3 +254,19 @@ def test_rows_that_cannot_be_encoded_do_not_stop_the_others(log: PredictionLog, 
     _fill(log, ["a"])
     wait_until(lambda: store.request_ids() == ["a"])
     assert _sample(_metrics(log), "prediction_log_problems_total", kind="encode") == 1
+
+
+def test_without_a_disk_many_small_batches_are_kept_as_long_as_their_rows_fit(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "spool").write_text("a file where the folder should be", encoding="utf-8")
+    settings = LogSettings("data", 10, 0.01)
+    log = PredictionLog(settings, ORIGIN, store.put, Spool(tmp_path / "spool", 100_000), Metrics("v1.0.0"))
+    store.away = True
+    log.start()
+    names = [f"{index:03d}" for index in range(60)]
+    for index, name in enumerate(names):
+        log.append(_row(name))
+        wait_until(lambda kept=index + 1: _sample(_metrics(log), "prediction_log_problems_total", kind="spool") == kept)
+    assert _sample(_metrics(log), "prediction_log_rows_total", result="dropped") == 0
+    store.away = False
+    wait_until(lambda: sorted(store.request_ids()) == names, 60.0)
+    log.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, model_validator
 
@@ -139,7 +139,17 @@ class CanarySettings(Area):
     lease_s: PositiveInt = Field(
         default=60, description="An unjudged canary loses its traffic after this many seconds without a heartbeat."
     )
-    deadline_s: PositiveInt = Field(default=600, description="A step that is undecided after this long is rolled back.")
+    deadline_s: PositiveInt = Field(default=600, description="Time a step has to decide; see undecided.")
+    undecided: Literal["ask", "extend", "rollback"] = Field(
+        default="rollback",
+        description="After the deadline: ask a person, wait for another deadline (then roll back), or roll back.",
+    )
+    max_extensions: PositiveInt = Field(default=1, description="How often `extend` waits for another deadline.")
+    baseline: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Run the champion once more, as large as the canary, and compare with it, not with the whole "
+        "stable track. auto: where stable is larger than the canary and the cluster has room.",
+    )
     poll_s: PositiveFloat = Field(default=0.5, description="Time between two looks at the evidence.")
 
     @model_validator(mode="after")
@@ -149,22 +159,69 @@ class CanarySettings(Area):
         return self
 
 
-class JudgeSettings(Area):
-    """Limits the canary is held to, against the champion on the same traffic."""
+class GateRule(Area):
+    """One gate of the canary's judge."""
 
-    max_error_rate: Probability = Field(default=0.02, description="Share of 5xx answers above which the canary fails.")
-    error_margin: Probability = Field(default=0.01, description="Error share the canary may have over the champion.")
+    margin: Probability = Field(description="Share by which the canary may be worse before it counts as harm.")
+    min_samples: PositiveInt = Field(default=20, description="Canary samples below which the gate says nothing.")
+    critical: bool = Field(default=True, description="Harm rolls back. Off: harm only stops the promotion.")
+    dry_run: bool = Field(default=False, description="On: reported, never counted.")
+
+
+class TailRule(GateRule):
+    """The slowest answers, as a quantile of latency."""
+
+    margin: Probability = Field(default=0.0, description="Not used: factor says what is allowed.")
+    quantile: Share = Field(default=0.99, description="Which quantile.")
+    factor: PositiveFloat = Field(
+        default=2.0, ge=1.0, description="The canary's may be this many times the baseline's, or the latency objective."
+    )
+
+
+class JudgeSettings(Area):
+    """What counts as harm of a canary, against the champion on the same traffic, and how sure the judge must be."""
+
+    alpha: Share = Field(
+        default=0.05, description="Probability of rolling back a harmless version, all gates, looks and steps together."
+    )
     latency_objective_ms: PositiveFloat = Field(default=250.0, description="Answers slower than this are slow.")
-    max_slow_share: Probability = Field(
-        default=0.10, description="Share of slow answers the canary may have over the champion."
+    errors: GateRule = Field(default=GateRule(margin=0.001), description="5xx answers, broken connections, silence.")
+    slow: GateRule = Field(default=GateRule(margin=0.05), description="Answers over the latency objective.")
+    tail: TailRule = Field(default=TailRule(min_samples=100), description="The slowest answers.")
+    ood: GateRule = Field(default=GateRule(margin=0.10), description="Answers that say: this is no leaf.")
+    disagreement: GateRule = Field(
+        default=GateRule(margin=0.35),
+        description="Other answers than the champion's to mirrored requests; the margin is the bound.",
     )
-    accuracy_margin: Probability = Field(default=0.05, description="Accuracy on labelled probes the canary may lose.")
-    max_disagreement: Probability = Field(
-        default=0.35, description="Share of shadow pairs in which the two may differ."
+    class_disagreement: GateRule = Field(
+        default=GateRule(margin=0.60), description="The same for each of the champion's answers by itself."
     )
+    class_mix: GateRule = Field(
+        default=GateRule(margin=0.20), description="Share of each class among the answers, in both directions."
+    )
+    accuracy: GateRule = Field(
+        default=GateRule(margin=0.02), description="Wrong answers to labelled images that both versions answered."
+    )
+    first_error_rate: Probability = Field(
+        default=0.02, description="Limit on errors of a first version, which has no champion to be compared with."
+    )
+    first_slow_share: Probability = Field(default=0.10, description="Limit on slow answers of a first version.")
     hard_error_requests: PositiveInt = Field(
-        default=20, description="This many requests that all failed end the canary at once."
+        default=20, description="This many requests in a row that all failed end the canary at once."
     )
+    unready_s: PositiveFloat = Field(
+        default=2.0, description="A canary without a ready replica for so long ends at once."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_rules(cls, values: Any) -> Any:
+        """A rule that is given in part keeps its own defaults for the rest."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        partial = {n: v for n, v in values.items() if isinstance(v, dict) and isinstance(defaults.get(n), GateRule)}
+        return values | {name: defaults[name].model_dump() | given for name, given in partial.items()}
 
 
 class GateSettings(Area):
@@ -172,15 +229,36 @@ class GateSettings(Area):
 
     min_accuracy: Probability = Field(default=0.80, description="Floor on holdout accuracy.")
     min_recall: Probability = Field(default=0.50, description="Floor on every class's recall.")
+    min_slice_accuracy: Probability = Field(
+        default=0.40, description="Floor on the accuracy of every band of severity and every source of photos."
+    )
+    min_slice_images: PositiveInt = Field(
+        default=20, description="A class, band or source with fewer holdout images is reported, not judged."
+    )
+    comparison: Literal["not_shown_worse", "shown_not_worse"] = Field(
+        default="not_shown_worse",
+        description="What the challenger must be against the champion. not_shown_worse: it loses no more than the "
+        "margin, and no loss, however small, is proven (significance). shown_not_worse: the 95 % interval of the "
+        "difference lies above the margin; a proven loss inside it is allowed, and a small holdout shows nothing.",
+    )
     accuracy_margin: Probability = Field(default=0.02, description="Accuracy it may lose against the champion.")
     missed_disease_margin: Probability = Field(
         default=0.02, description="Missed-disease rate it may add to the champion's."
     )
+    significance: Probability = Field(
+        default=0.01, description="A loss counts as proven when chance explains it with a smaller probability."
+    )
     max_ece: Probability = Field(default=0.10, description="Calibration error after temperature scaling.")
+    max_parity_diff: PositiveFloat = Field(
+        default=1e-4, description="Largest difference of a probability between model.onnx and what was trained."
+    )
     max_latency_ms: PositiveFloat = Field(
         default=100.0, description="Median inference time of one image on this hardware."
     )
     max_model_bytes: PositiveInt = Field(default=500_000_000, description="Size of model.onnx.")
+    max_holdout_uses: PositiveInt = Field(
+        default=20, description="A holdout that decided more releases than this is worn out: the gate warns."
+    )
 
 
 class ReplaySettings(Area):

@@ -163,7 +163,7 @@ def test_a_spool_over_its_limit_drops_the_oldest_and_says_so(home: Path) -> None
     logged = _logged(store)
     assert len(logged) == written
     # The batch that is just being tried is kept as well, however old it is.
-    assert set(names[-int(written) + 10 :]) <= set(logged), "the youngest are kept"
+    assert set(names[len(names) - int(written) + 10 :]) <= set(logged), "the youngest are kept"
 
 
 def test_a_spool_that_cannot_be_written_is_bypassed(home: Path) -> None:

@@ -1,7 +1,8 @@
 """What the flows can ask of a cluster. One Protocol, one adapter a backend; see `local_node` for the first.
 
-A *track* is a group of replicas that serve one version: `stable` (production), `canary` (the challenger), and later
-`baseline`. Traffic weights say which share of the gateway's requests each track answers.
+A *track* is a group of replicas that serve one version: `stable` (production), `canary` (the challenger), and
+`baseline` (the champion once more, on as many replicas as the canary has and started as lately, to compare it with).
+Traffic weights say which share of the gateway's requests each track answers.
 """
 
 from __future__ import annotations
@@ -56,8 +57,15 @@ class TrackCounters:
 
     `requests` are attempts, `errors` those of them that ended in a 5xx answer, a broken connection or silence, whether
     or not another replica then answered the user; `latency_ms` maps a histogram bucket's upper bound to its
-    cumulative count, as in Prometheus; `shadow_pairs` are mirrored requests whose two answers were compared,
-    `shadow_differ` those whose class differed.
+    cumulative count, as in Prometheus.
+
+    `classes` maps a class to the answers that named it, `predictions` is their sum and `ood` how many of them took the
+    photo for no leaf; none of these three counts requests that were pinned to the track, whose photos are not a share
+    of the users'.
+
+    `shadow_pairs` are mirrored requests whose two answers were compared, `shadow_differ` those whose class differed;
+    `shadow_by_class` maps the class that the user was told (the champion's) to its pairs and how many of them differ.
+    `shadow_classes` and `shadow_ood`: what this track said to those pairs, as `classes` and `ood`.
     """
 
     version: Version
@@ -69,6 +77,12 @@ class TrackCounters:
     shadow_differ: int = 0
     shadow_errors: int = 0
     shadow_latency_ms: Mapping[float, int] = field(default_factory=dict)
+    predictions: int = 0
+    ood: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
+    shadow_ood: int = 0
+    shadow_classes: Mapping[str, int] = field(default_factory=dict)
+    shadow_by_class: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Cluster(Protocol):
@@ -119,7 +133,12 @@ class Cluster(Protocol):
         """Drain and stop a track that has no weight. Raises SafetyError while it has traffic."""
 
     def rollback(self, version: Version, replicas: int) -> None:
-        """All traffic to `version` as fast as capacity allows: deploy on stable, wait, weight 1, remove the canary."""
+        """All traffic to `version` as fast as capacity allows: deploy on stable, wait, weight 1, remove canary and
+        baseline."""
+
+    def room(self) -> int:
+        """How many more replicas could run now beside those that do, or are about to; never negative. An estimate to
+        plan by: `deploy` does not ask it."""
 
     def status(self) -> ClusterStatus:
         """Desired and actual state, now."""

@@ -105,6 +105,11 @@ class LocalNode:
         self._post("/v1/rollback", version=str(version), replicas=replicas)
         self.wait_ready(Track.stable, self._ready_timeout_s)
 
+    def room(self) -> int:
+        """See `Cluster.room`: one replica a core, as long as the free memory lasts."""
+        answer = self._get("/v1/room")
+        return _read("room", lambda: int(answer["replicas"]))
+
     def status(self) -> ClusterStatus:
         """See `Cluster.status`."""
         return _read("status", lambda: _status(self._get("/v1/status")))
@@ -216,4 +221,10 @@ def _counters(row: Mapping[str, Any]) -> TrackCounters:
         shadow_differ=row["shadow_differ"],
         shadow_errors=row["shadow_errors"],
         shadow_latency_ms={float(bound): count for bound, count in row["shadow_latency_ms"].items()},
+        predictions=row["predictions"],
+        ood=row["ood"],
+        classes=dict(row["classes"]),
+        shadow_ood=row["shadow_ood"],
+        shadow_classes=dict(row["shadow_classes"]),
+        shadow_by_class={told: (pairs, differ) for told, (pairs, differ) in row["shadow_by_class"].items()},
     )

@@ -21,12 +21,13 @@ from tests.support.node import eventually, running_node
 
 V1, V2, V3 = Version(1, 0, 0), Version(1, 1, 0), Version(1, 2, 0)
 BROKEN = Version(9, 0, 0)
-STABLE, CANARY = Track.stable, Track.canary
+STABLE, CANARY, BASELINE = Track
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A cluster under test: v1.1.0 answers `rust`, v1.2.0 fails half the time, v9.0.0 never starts, v1.0.0 is fine."""
+    """A cluster under test: v1.1.0 answers `rust` and sees no leaf on every fourth photo, v1.2.0 fails half the time,
+    v9.0.0 never starts, v1.0.0 answers `healthy`."""
 
     cluster: Cluster
     users: httpx.Client
@@ -53,7 +54,7 @@ class Backend:
 def local_node(home: Path) -> Iterator[Backend]:
     """The local node with stub replicas."""
     with running_node(home) as node:
-        node.behave(v1_1_0={"answer": "rust"}, v1_2_0={"error_share": 0.5}, v9_0_0={"exit_code": 4})
+        node.behave(v1_1_0={"answer": "rust", "ood_share": 0.25}, v1_2_0={"error_share": 0.5}, v9_0_0={"exit_code": 4})
         with httpx.Client(base_url=node.gateway_url, timeout=15.0) as users:
             yield Backend(node.client, users, node.stop)
 
@@ -88,6 +89,14 @@ def canaried(served: Backend) -> Backend:
     """v1.0.0 on stable, v1.1.0 on canary."""
     served.serve(CANARY, V2)
     return served
+
+
+@pytest.fixture
+def compared(canaried: Backend) -> Backend:
+    """v1.1.0 on canary and v1.0.0 on baseline with 30 % of the traffic each, the rest on stable."""
+    canaried.serve(BASELINE, V1)
+    canaried.cluster.set_weights({STABLE: 0.4, CANARY: 0.3, BASELINE: 0.3}, mirror={CANARY: 1.0}, lease_s=30)
+    return canaried
 
 
 def test_an_empty_cluster_serves_nobody_and_says_when_to_come_back(fresh):
@@ -160,6 +169,9 @@ def test_mirrored_answers_are_compared_and_never_returned(canaried):
     seen = canaried.cluster.counters()[CANARY]
     assert (seen.shadow_differ, seen.shadow_errors, seen.requests) == (20, 0, 0)
     assert seen.shadow_latency_ms[float("inf")] == 20
+    assert (seen.shadow_by_class, seen.shadow_classes) == ({"healthy": (20, 20)}, {"rust": 20})
+    assert abs(seen.shadow_ood - 5) <= 1
+    assert (seen.predictions, seen.classes, seen.ood) == (0, {}, 0)
 
 
 def test_counters_grow_by_what_was_asked_and_start_anew_with_a_version(canaried):
@@ -174,6 +186,83 @@ def test_counters_grow_by_what_was_asked_and_start_anew_with_a_version(canaried)
     after = canaried.cluster.counters()[STABLE]
     assert (after.version, after.requests) == (V2, 0)
     assert after.since > before.since
+
+
+def test_answers_are_counted_by_class_and_by_whether_they_saw_a_leaf(canaried):
+    canaried.cluster.set_weights({STABLE: 0.5, CANARY: 0.5}, lease_s=30)
+    before = canaried.cluster.counters()[STABLE]
+    canaried.versions(40)
+    counted = canaried.cluster.counters()
+    canary, stable = counted[CANARY], counted[STABLE]
+    assert canary.classes == {"rust": canary.predictions}
+    assert abs(canary.predictions - 20) <= 1
+    assert abs(canary.ood - canary.predictions / 4) <= 1
+    assert (stable.predictions - before.predictions, stable.ood) == (40 - canary.predictions, 0)
+    assert sum(stable.classes.values()) == stable.predictions
+
+
+def test_failed_requests_name_no_class(served):
+    served.serve(CANARY, V3)
+    served.cluster.set_weights({CANARY: 1.0}, lease_s=30)
+    served.versions(20)
+    canary = served.cluster.counters()[CANARY]
+    assert (canary.predictions, canary.errors) == (10, 10)
+
+
+def test_a_baseline_beside_the_canary_is_counted_apart_from_stable(compared):
+    before = compared.cluster.counters()
+    assert {track: c.version for track, c in before.items()} == {STABLE: V1, CANARY: V2, BASELINE: V1}
+    answered = compared.versions(100)
+    after = compared.cluster.counters()
+    grown = {track: after[track].requests - before[track].requests for track in after}
+    assert grown[CANARY] == answered["v1.1.0"]
+    assert abs(grown[BASELINE] - 30) <= 3
+    assert grown[STABLE] + grown[BASELINE] == answered["v1.0.0"]
+    assert after[BASELINE].classes == {"healthy": after[BASELINE].predictions}
+
+
+def test_a_lost_lease_takes_the_traffic_from_baseline_and_canary(compared):
+    compared.cluster.set_weights({STABLE: 0.4, CANARY: 0.3, BASELINE: 0.3}, mirror={CANARY: 1.0}, lease_s=0.5)
+    eventually(lambda: compared.cluster.status().weights == {STABLE: 1.0}, 5)
+    before = compared.cluster.counters()
+    compared.versions(20)
+    after = compared.cluster.counters()
+    assert {track: after[track].requests - before[track].requests for track in after} == {
+        STABLE: 20,
+        CANARY: 0,
+        BASELINE: 0,
+    }
+    assert set(compared.cluster.status().versions) == {STABLE, CANARY, BASELINE}
+
+
+def test_a_baseline_and_a_canary_are_taken_away_again(compared):
+    for track in (CANARY, BASELINE):
+        with pytest.raises(SafetyError):
+            compared.cluster.remove(track)
+    compared.cluster.set_weights({STABLE: 1.0})
+    for track in (CANARY, BASELINE, BASELINE):
+        compared.cluster.remove(track)
+    eventually(lambda: len(compared.cluster.status().replicas) == 1, 10)
+    status = compared.cluster.status()
+    assert (status.versions, status.weights, status.lease_expires_at) == ({STABLE: V1}, {STABLE: 1.0}, None)
+    assert set(compared.cluster.counters()) == {STABLE}
+    assert compared.versions(10) == {"v1.0.0": 10}
+
+
+def test_a_rollback_removes_the_baseline_too(compared):
+    compared.cluster.rollback(V1, 1)
+    status = compared.cluster.status()
+    assert (status.versions, status.weights, status.mirror) == ({STABLE: V1}, {STABLE: 1.0}, {})
+    assert compared.versions(10) == {"v1.0.0": 10}
+
+
+def test_the_room_shrinks_with_every_replica_and_comes_back(served):
+    before = served.cluster.room()
+    served.cluster.scale(STABLE, 3)
+    assert served.cluster.room() == max(0, before - 2)
+    served.cluster.scale(STABLE, 1)
+    served.cluster.wait_ready(STABLE, 20)
+    assert served.cluster.room() == before
 
 
 def test_users_do_not_see_a_failing_canary_and_it_is_charged(served):

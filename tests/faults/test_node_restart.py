@@ -20,7 +20,7 @@ from tasks.cluster.node import processes
 from tests.support.node import STUB, NodeProcess, eventually, free_port
 
 V1, V2 = Version(1, 0, 0), Version(1, 1, 0)
-STABLE, CANARY = Track.stable, Track.canary
+STABLE, CANARY, BASELINE = Track
 
 
 @pytest.fixture
@@ -48,6 +48,18 @@ def test_replicas_survive_a_killed_node_and_are_adopted_without_a_restart(node):
     node.client.wait_ready(STABLE, 20)
     assert node.client.status() == before
     assert len(node.events("adopted")) == 2
+
+
+def test_canary_and_baseline_are_adopted_with_their_traffic(node):
+    for track, version in ((CANARY, V2), (BASELINE, V1)):
+        node.client.deploy(track, version, 1)
+        node.client.wait_ready(track, 20)
+    node.client.set_weights({STABLE: 0.5, CANARY: 0.25, BASELINE: 0.25}, mirror={CANARY: 1.0}, lease_s=60)
+    before = node.client.status()
+    node.kill()
+    node.start()
+    eventually(lambda: node.client.status() == before)
+    assert {node.predict().headers["X-Khet-Track"] for _ in range(20)} == {"stable", "canary", "baseline"}
 
 
 def test_sigterm_ends_the_node_alone(node):

@@ -17,13 +17,24 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 @dataclass
 class Behaviour:
-    """How a version answers. Shares of its requests."""
+    """How a version answers. Shares of its requests; `classes`: of those it answers well."""
 
     errors: float = 0.0
     slow: float = 0.0
     accuracy: float = 0.95
     differs: float = 0.05
     becomes_ready: bool = True
+    ood: float = 0.0
+    classes: Mapping[str, float] = field(default_factory=lambda: {"healthy": 0.5, "rust": 0.5})
+
+
+@dataclass
+class Served:
+    """What one track was asked since `since`."""
+
+    since: datetime
+    answered: float = 0.0
+    mirrored: float = 0.0
 
 
 @dataclass
@@ -39,7 +50,9 @@ class MemoryCluster:
     lease_until: float | None = None
     calls: list[str] = field(default_factory=list)
     answered: dict[Version, float] = field(default_factory=dict)
-    mirrored: dict[Version, float] = field(default_factory=dict)
+    tracks: dict[Track, Served] = field(default_factory=dict)
+    replicas: dict[Track, int] = field(default_factory=dict)
+    most_replicas: int = 8
     blind: bool = False
 
     # Time -------------------------------------------------------------------------------------------------------
@@ -54,17 +67,20 @@ class MemoryCluster:
         self.time_s += seconds
         if self.lease_until is not None and self.time_s > self.lease_until:
             self.weights, self.mirror, self.lease_until = {Track.stable: 1.0}, {}, None
-        for shares, tally in ((self.weights, self.answered), (self.mirror, self.mirrored)):
-            for track, share in shares.items():
-                if track in self.versions:
-                    version = self.versions[track]
-                    tally[version] = tally.get(version, 0.0) + share * self.rate_per_s * seconds
+        for track, version in self.versions.items():
+            answered = self.weights.get(track, 0.0) * self.rate_per_s * seconds
+            self.answered[version] = self.answered.get(version, 0.0) + answered
+            self._served(track).answered += answered
+            self._served(track).mirrored += self.mirror.get(track, 0.0) * self.rate_per_s * seconds
 
     # The Protocol -----------------------------------------------------------------------------------------------
 
     def deploy(self, track: Track, version: Version, replicas: int) -> None:
         self.calls.append(f"deploy {track} {version} x{replicas}")
+        if self.versions.get(track) != version:
+            self.tracks[track] = Served(self.now())
         self.versions[track] = version
+        self.replicas[track] = replicas
 
     def wait_ready(self, track: Track, timeout_s: float) -> None:
         if not self._of(self.versions[track]).becomes_ready:
@@ -89,6 +105,7 @@ class MemoryCluster:
 
     def scale(self, track: Track, replicas: int) -> None:
         self.calls.append(f"scale {track} {replicas}")
+        self.replicas[track] = replicas
 
     def restart(self, track: Track) -> None:
         self.calls.append(f"restart {track}")
@@ -98,11 +115,16 @@ class MemoryCluster:
             raise SafetyError(f"{track} has traffic")
         self.calls.append(f"remove {track}")
         self.versions.pop(track, None)
+        self.replicas.pop(track, None)
 
     def rollback(self, version: Version, replicas: int) -> None:
         self.deploy(Track.stable, version, replicas)
         self.set_weights({Track.stable: 1.0})
         self.remove(Track.canary)
+        self.remove(Track.baseline)
+
+    def room(self) -> int:
+        return max(0, self.most_replicas - sum(self.replicas.values()))
 
     def status(self) -> ClusterStatus:
         replicas = tuple(
@@ -114,7 +136,7 @@ class MemoryCluster:
     def counters(self) -> Mapping[Track, TrackCounters]:
         if self.blind:
             raise ExternalError("the counters cannot be read")
-        return {track: self._counters(version) for track, version in self.versions.items()}
+        return {track: self._counters(track, version) for track, version in self.versions.items()}
 
     def logs(self, track: Track, lines: int = 100) -> str:
         return f"{lines} lines of {track}"
@@ -129,21 +151,37 @@ class MemoryCluster:
     def _of(self, version: Version) -> Behaviour:
         return self.behaviours.setdefault(version, Behaviour())
 
-    def _counters(self, version: Version) -> TrackCounters:
-        how = self._of(version)
-        n, shadow = int(self.answered.get(version, 0)), int(self.mirrored.get(version, 0))
-        failed = int(shadow * how.errors)
+    def _served(self, track: Track) -> Served:
+        return self.tracks.setdefault(track, Served(START))
+
+    def _counters(self, track: Track, version: Version) -> TrackCounters:
+        how, served = self._of(version), self._served(track)
+        n, shadow = int(served.answered), int(served.mirrored)
+        failed, errors = int(shadow * how.errors), int(n * how.errors)
+        told = _mix(shadow - failed, self._of(self.versions.get(Track.stable, version)).classes)
+        classes = _mix(n - errors, how.classes)
         return TrackCounters(
             version=version,
-            since=START,
+            since=served.since,
             requests=n,
-            errors=int(n * how.errors),
+            errors=errors,
             latency_ms=_histogram(n, how.slow),
             shadow_pairs=shadow - failed,
             shadow_differ=int((shadow - failed) * how.differs),
             shadow_errors=failed,
             shadow_latency_ms=_histogram(shadow, how.slow),
+            predictions=sum(classes.values()),
+            ood=int(sum(classes.values()) * how.ood),
+            classes=classes,
+            shadow_ood=int((shadow - failed) * how.ood),
+            shadow_classes=_mix(shadow - failed, how.classes),
+            shadow_by_class={named: (pairs, int(pairs * how.differs)) for named, pairs in told.items()},
         )
+
+
+def _mix(n: int, classes: Mapping[str, float]) -> dict[str, int]:
+    """Rounded down one by one, so that no count ever shrinks as `n` grows."""
+    return {named: int(n * share) for named, share in classes.items()}
 
 
 def _histogram(n: int, slow: float) -> dict[float, int]:

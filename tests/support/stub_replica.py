@@ -26,6 +26,7 @@ class Behaviour:
     `reset_share`: closes the connection instead of answering; `die_if_exists`: ends at a start while this file is."""
 
     answer: str = "healthy"
+    ood_share: float = 0.0
     latency_ms: float = 0.0
     error_share: float = 0.0
     busy_share: float = 0.0
@@ -49,7 +50,7 @@ class Stub:
         self.in_flight = 0
         self.ready_at = time.monotonic() + behaviour.start_delay_s
         self.started = time.time()
-        self._shares = dict.fromkeys(("error", "busy", "reset"), 0.0)
+        self._shares = dict.fromkeys(("error", "busy", "reset", "ood"), 0.0)
 
     def ready(self) -> bool:
         return not self.behaviour.never_ready and time.monotonic() >= self.ready_at
@@ -113,6 +114,7 @@ class Connection(asyncio.Protocol):
         status = 503 if stub.due("busy", how.busy_share) else 500 if stub.due("error", how.error_share) else 200
         answer = {
             "class": how.answer,
+            "is_leaf": not stub.due("ood", how.ood_share),
             "model_version": stub.version,
             "replica": stub.name,
             "bytes": size,

@@ -167,3 +167,20 @@ def test_scaling_down_takes_replicas_that_are_not_ready_first():
 
 def test_a_removed_track_ends_whole():
     assert plan(0, 1, [View("a", False, True, True), View("b", False, False, False)]).retire == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("running", "cores", "free", "largest", "more"),
+    [
+        (3, 8, 64, 0.1, 5),
+        (5, 8, 64, 0.1, 3),
+        (3, 2, 64, 0.1, 0),
+        (3, 8, 1.2, 0.1, 2),
+        (3, 8, 1.2, 0.7, 1),
+        (3, 8, 0.0, 0.7, 0),
+        (0, 8, 64, 0.1, 5),
+    ],
+    ids=["cores", "retiring ones count", "never negative", "memory", "large ones", "no memory", "starting ones count"],
+)
+def test_there_is_room_for_one_replica_a_core_while_memory_lasts(both, running, cores, free, largest, more):
+    assert policy.room(both, running, cores, int(free * 1e9), int(largest * 1e9)) == more

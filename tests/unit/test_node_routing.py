@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tasks.cluster import Track
-from tasks.cluster.node.counters import BOUNDS_MS, Counters, Histogram, Ledger
-from tasks.cluster.node.mirror import class_of
+from tasks.cluster.node.answers import Prediction, read_prediction
+from tasks.cluster.node.counters import BOUNDS_MS, OTHER_CLASSES, Counters, Histogram, Ledger
 from tasks.cluster.node.routing import Router
 from tasks.cluster.node.state import utcnow
 
@@ -87,7 +87,34 @@ def test_a_version_put_on_a_track_anew_counts_from_zero():
 
 @pytest.mark.parametrize(
     ("body", "named"),
-    [(b'{"class": "rust"}', "rust"), (b'{"class": 3}', None), (b"[]", None), (b"\xff{", None), (b"", None)],
+    [
+        (b'{"class": "rust"}', Prediction("rust", True)),
+        (b'{"class": "rust", "is_leaf": false}', Prediction("rust", False)),
+        (b'{"class": 3, "is_leaf": true}', None),
+        (b'{"is_leaf": false}', None),
+        (b"[]", None),
+        (b"\xff{", None),
+        (b"", None),
+    ],
 )
-def test_the_class_of_an_answer(body, named):
-    assert class_of(body) == named
+def test_what_an_answer_says(body, named):
+    assert read_prediction(body) == named
+
+
+def test_a_pair_is_counted_under_the_class_that_the_user_was_told():
+    counters = Counters(Track.canary, "v1.1.0", utcnow())
+    rust, scab = Prediction("rust", True), Prediction("scab", False)
+    assert [counters.compared(*pair) for pair in ((rust, rust), (rust, scab), (scab, scab))] == [False, True, False]
+    assert (counters.shadow_pairs, counters.shadow_differ, counters.shadow_ood) == (3, 1, 2)
+    assert (counters.pairs_by_class, counters.differ_by_class) == ({"rust": 2, "scab": 1}, {"rust": 1})
+    assert counters.shadow_classes == {"rust": 1, "scab": 2}
+
+
+def test_a_replica_that_invents_classes_fills_no_memory():
+    counters = Counters(Track.canary, "v1.1.0", utcnow())
+    counters.predicted(Prediction("x" * 10_000, True))
+    for number in range(5_000):
+        counters.predicted(Prediction(f"class {number}", True))
+    assert counters.predictions == 5_001
+    assert len(counters.classes) <= 1_001
+    assert counters.classes[OTHER_CLASSES] == 5_001 - (len(counters.classes) - 1)

@@ -1,7 +1,7 @@
 """The control API: JSON over HTTP, a bearer token on everything but /healthz. `tasks.cluster.local_node` is its client.
 
     POST /v1/deploy /v1/weights /v1/lease /v1/scale /v1/restart /v1/remove /v1/rollback    bodies: see state.py
-    GET  /v1/status /v1/counters /v1/ready?track= /v1/logs?track=&lines= /v1/events?limit= /v1/shadow-examples
+    GET  /v1/status /v1/room /v1/counters /v1/ready?track= /v1/logs?track=&lines= /v1/events?limit= /v1/shadow-examples
     POST /shutdown    ends every replica and the node; answers when the replicas have ended
 
 Errors are {"error": <name of the KhetError>, "message": ...}: 400 ConfigError, 409 SafetyError, 503 ExternalError.
@@ -46,6 +46,7 @@ def application(node: Node, token: str, shutdown: Callable[[], Awaitable[None]])
             web.post("/v1/remove", api.remove),
             web.post("/v1/rollback", api.rollback),
             web.get("/v1/status", api.status),
+            web.get("/v1/room", api.room),
             web.get("/v1/counters", api.counters),
             web.get("/v1/ready", api.ready),
             web.get("/v1/logs", api.logs),
@@ -96,6 +97,9 @@ class _Api:
     async def status(self, _request: web.Request) -> web.Response:
         desired = self._node.desired.model_dump(mode="json")
         return web.json_response({"desired": desired, "replicas": self._node.replica_rows()})
+
+    async def room(self, _request: web.Request) -> web.Response:
+        return web.json_response({"replicas": await self._node.room()})
 
     async def counters(self, _request: web.Request) -> web.Response:
         return web.json_response({track: _counters(kept) for track, kept in self._node.counters().items()})
@@ -178,10 +182,16 @@ def _counters(kept: Counters) -> dict[str, Any]:
         "requests": kept.requests,
         "errors": kept.errors,
         "latency_ms": _histogram(kept.latency),
+        "predictions": kept.predictions,
+        "ood": kept.ood,
+        "classes": kept.classes,
         "shadow_pairs": kept.shadow_pairs,
         "shadow_differ": kept.shadow_differ,
         "shadow_errors": kept.shadow_errors,
         "shadow_latency_ms": _histogram(kept.shadow_latency),
+        "shadow_ood": kept.shadow_ood,
+        "shadow_classes": kept.shadow_classes,
+        "shadow_by_class": {told: [pairs, kept.differ_by_class[told]] for told, pairs in kept.pairs_by_class.items()},
     }
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import accumulate
 
 from tasks.cluster import Track
+from tasks.cluster.node.answers import Prediction
 
 # Upper bounds in ms. Fine enough to place a quantile within 20-30 %; 250, 500, 1000 and 2000 are usual objectives.
 BOUNDS_MS = (
@@ -17,6 +18,10 @@ BOUNDS_MS = (
     1000, 1200, 1500, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000, float("inf"),
 )  # fmt: skip
 _KEPT_EXAMPLES = 50
+# A broken replica that invents classes must not fill the memory: what is beyond is counted under one name.
+_MAX_CLASSES = 1_000
+_MAX_NAME = 200
+OTHER_CLASSES = "__other__"
 
 
 class Histogram:
@@ -51,7 +56,8 @@ class Difference:
 
 @dataclass(slots=True)
 class Counters:
-    """One version on one track since `since`. `statuses`: an HTTP status, or why there was none, to its count.
+    """One version on one track since `since`. `statuses`: an HTTP status, or why there was none, to its count;
+    `pairs_by_class` and `differ_by_class`: mirrored requests by the class that the user was told.
 
     An attempt is what is counted: a request that a broken canary could not answer and stable then did is one (failed)
     request of canary and one of stable.
@@ -63,16 +69,26 @@ class Counters:
     errors: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     latency: Histogram = field(default_factory=Histogram)
+    classes: Counter[str] = field(default_factory=Counter)
+    ood: int = 0
     shadow_pairs: int = 0
     shadow_differ: int = 0
     shadow_errors: int = 0
     shadow_dropped: int = 0
     shadow_latency: Histogram = field(default_factory=Histogram)
+    shadow_classes: Counter[str] = field(default_factory=Counter)
+    shadow_ood: int = 0
+    pairs_by_class: Counter[str] = field(default_factory=Counter)
+    differ_by_class: Counter[str] = field(default_factory=Counter)
     examples: deque[Difference] = field(default_factory=lambda: deque(maxlen=_KEPT_EXAMPLES))
 
     @property
     def requests(self) -> int:
         return self.statuses.total()
+
+    @property
+    def predictions(self) -> int:
+        return self.classes.total()
 
     def answered(self, status: int, duration_ms: float) -> None:
         """Count an answer; 5xx are errors."""
@@ -86,6 +102,24 @@ class Counters:
         self.errors += 1
         if duration_ms is not None:
             self.latency.add(duration_ms)
+
+    def predicted(self, prediction: Prediction) -> None:
+        """Count what a user was told."""
+        self.classes[_bounded(prediction.named, self.classes)] += 1
+        self.ood += not prediction.is_leaf
+
+    def compared(self, served: Prediction, mirrored: Prediction) -> bool:
+        """Count a pair of answers to one mirrored request; returns whether they name different classes."""
+        differ = served.named != mirrored.named
+        told = _bounded(served.named, self.pairs_by_class)
+        self.shadow_pairs += 1
+        self.pairs_by_class[told] += 1
+        if differ:
+            self.shadow_differ += 1
+            self.differ_by_class[told] += 1
+        self.shadow_classes[_bounded(mirrored.named, self.shadow_classes)] += 1
+        self.shadow_ood += not mirrored.is_leaf
+        return differ
 
 
 class Ledger:
@@ -111,3 +145,9 @@ class Ledger:
 
     def __iter__(self) -> Iterator[Counters]:
         return iter(tuple(self._by_key.values()))
+
+
+def _bounded(named: str, known: Collection[str]) -> str:
+    if named in known or (len(known) < _MAX_CLASSES and len(named) <= _MAX_NAME):
+        return named
+    return OTHER_CLASSES

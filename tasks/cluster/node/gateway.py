@@ -28,6 +28,7 @@ from aiohttp.http_exceptions import TransferEncodingError
 from multidict import CIMultiDict
 
 from tasks.cluster import Track
+from tasks.cluster.node.answers import Prediction, read_prediction
 from tasks.cluster.node.fleet import Fleet, Replica
 from tasks.cluster.node.mirror import Book, Copy, Mirror
 from tasks.cluster.node.routing import Router
@@ -68,10 +69,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An answer and who gave it."""
+    """An answer and who gave it. `prediction`: what it says; None where that is not counted."""
 
     answer: Answer
     by: Replica
+    prediction: Prediction | None = None
 
 
 class RefusedError(Exception):
@@ -261,7 +263,10 @@ class Gateway:
         finally:
             replica.in_flight -= 1
         counters.answered(answer.status, (time.monotonic() - began) * 1e3)
-        return Served(answer, replica)
+        prediction = _prediction(call, answer)
+        if prediction is not None:
+            counters.predicted(prediction)
+        return Served(answer, replica, prediction)
 
     def _copy(self, call: Call, served: Served) -> None:
         """Offer the request to mirrored tracks, now that the user's answer is known."""
@@ -269,8 +274,14 @@ class Gateway:
             return
         for track in self._router.copies(served.by.record.track, time.monotonic()):
             head = call.head + f"{SHADOW_HEADER}: 1\r\n\r\n".encode()
-            copy = Copy(call.request_id, head, call.body, served.by.record.version, served.answer.body)
+            copy = Copy(call.request_id, head, call.body, served.by.record.version, served.prediction)
             self._mirror.offer(track, copy)
+
+
+def _prediction(call: Call, answer: Answer) -> Prediction | None:
+    """What a user was told. Not for pinned requests: who pins chose both photo and track, and would shift a track's
+    mix of classes away from that of its share of the users."""
+    return read_prediction(answer.body) if answer.status == 200 and call.pinned is None else None
 
 
 async def _read_up_to(request: web.BaseRequest, limit: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tasks.cluster import Track
 from tasks.cluster.node.counters import Counters, Histogram
@@ -11,15 +11,20 @@ from tasks.cluster.node.gateway import Gateway
 from tasks.cluster.node.routing import Router
 
 _SHADOW_OUTCOMES = ("pairs", "differ", "errors", "dropped")
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def render(ledger: Iterable[Counters], fleet: Fleet, router: Router, gateway: Gateway) -> str:
     """One scrape."""
-    lines = [*_requests(ledger), *_shadow(ledger), *_tracks(fleet, router), *_gateway(gateway)]
+    lines = [*_requests(ledger), *_predictions(ledger), *_shadow(ledger), *_tracks(fleet, router), *_gateway(gateway)]
     return "\n".join(lines) + "\n"
 
 
 def _requests(ledger: Iterable[Counters]) -> Iterable[str]:
+    yield "# HELP gateway_counting_since_seconds When counting began, in Unix time: a reset moves it."
+    yield "# TYPE gateway_counting_since_seconds gauge"
+    for kept in ledger:
+        yield f"gateway_counting_since_seconds{{{_labels(kept)}}} {kept.since.timestamp():.6f}"
     yield "# HELP gateway_requests_total Attempts by track, version and status."
     yield "# TYPE gateway_requests_total counter"
     for kept in ledger:
@@ -31,12 +36,51 @@ def _requests(ledger: Iterable[Counters]) -> Iterable[str]:
         yield from _histogram("gateway_request_duration_seconds", _labels(kept), kept.latency)
 
 
+def _predictions(ledger: Iterable[Counters]) -> Iterable[str]:
+    yield from _by_class("gateway_predictions_total", "Answers to users by class.", ledger, lambda kept: kept.classes)
+    yield "# HELP gateway_ood_total Answers to users about photos that look like no leaf."
+    yield "# TYPE gateway_ood_total counter"
+    for kept in ledger:
+        yield f"gateway_ood_total{{{_labels(kept)}}} {kept.ood}"
+
+
+def _by_class(
+    name: str, text: str, ledger: Iterable[Counters], counts: Callable[[Counters], Mapping[str, int]]
+) -> Iterable[str]:
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} counter"
+    for kept in ledger:
+        for named, count in counts(kept).items():
+            yield f'{name}{{{_labels(kept)},class="{_escaped(named)}"}} {count}'
+
+
 def _shadow(ledger: Iterable[Counters]) -> Iterable[str]:
     yield "# HELP gateway_shadow_total Mirrored requests by what came of them; differ is part of pairs."
     yield "# TYPE gateway_shadow_total counter"
     for kept in ledger:
         for outcome in _SHADOW_OUTCOMES:
             yield f'gateway_shadow_total{{{_labels(kept)},outcome="{outcome}"}} {getattr(kept, f"shadow_{outcome}")}'
+    yield "# HELP gateway_shadow_duration_seconds Time a replica took for a mirrored request."
+    yield "# TYPE gateway_shadow_duration_seconds histogram"
+    for kept in ledger:
+        yield from _histogram("gateway_shadow_duration_seconds", _labels(kept), kept.shadow_latency)
+    yield from _shadow_predictions(ledger)
+
+
+def _shadow_predictions(ledger: Iterable[Counters]) -> Iterable[str]:
+    text = "Answers to mirrored requests by class."
+    yield from _by_class("gateway_shadow_predictions_total", text, ledger, lambda kept: kept.shadow_classes)
+    yield "# HELP gateway_shadow_ood_total Answers to mirrored requests about photos that look like no leaf."
+    yield "# TYPE gateway_shadow_ood_total counter"
+    for kept in ledger:
+        yield f"gateway_shadow_ood_total{{{_labels(kept)}}} {kept.shadow_ood}"
+    yield "# HELP gateway_shadow_class_total Compared pairs by the class the user was told; differ is part of pairs."
+    yield "# TYPE gateway_shadow_class_total counter"
+    for kept in ledger:
+        for outcome, counts in (("pairs", kept.pairs_by_class), ("differ", kept.differ_by_class)):
+            for named, count in counts.items():
+                labels = f'{_labels(kept)},class="{_escaped(named)}",outcome="{outcome}"'
+                yield f"gateway_shadow_class_total{{{labels}}} {count}"
 
 
 def _tracks(fleet: Fleet, router: Router) -> Iterable[str]:
@@ -79,3 +123,8 @@ def _histogram(name: str, labels: str, histogram: Histogram) -> Iterable[str]:
 
 def _labels(kept: Counters) -> str:
     return f'track="{kept.track}",version="{kept.version}"'
+
+
+def _escaped(value: str) -> str:
+    """A label's value as the exposition format wants it: classes are named by models, not by us."""
+    return value.translate(_ESCAPES)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tasks.cluster import Track
+from tasks.cluster.node.answers import Prediction, read_prediction
 from tasks.cluster.node.counters import Counters, Difference
 from tasks.cluster.node.fleet import Fleet, Replica
 from tasks.cluster.node.state import utcnow
@@ -23,13 +23,14 @@ _MAX_WAITING_BYTES = 64_000_000
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A request that a user got an answer to. `head` and `body` as sent to the replica."""
+    """A request that a user got an answer to: version `served_by` said `served`. `head` and `body` as sent to the
+    replica."""
 
     request_id: str
     head: bytes
     body: bytes
     served_by: str
-    answer: bytes
+    served: Prediction | None
 
 
 class Mirror:
@@ -89,23 +90,10 @@ class Mirror:
             replica.in_flight -= 1
 
     def _compare(self, counters: Counters, replica: Replica, copy: Copy, answer: Answer) -> None:
-        mirrored = class_of(answer.body) if answer.status == 200 else None
-        served = class_of(copy.answer)
-        if mirrored is None or served is None:
+        mirrored = read_prediction(answer.body) if answer.status == 200 else None
+        if mirrored is None or copy.served is None:
             counters.shadow_errors += mirrored is None
-            return
-        counters.shadow_pairs += 1
-        if mirrored != served:
-            counters.shadow_differ += 1
-            version = replica.record.version
-            counters.examples.append(Difference(utcnow(), copy.request_id, copy.served_by, served, version, mirrored))
-
-
-def class_of(body: bytes) -> str | None:
-    """The class an answer of /predict names; None where it names none."""
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        return None
-    named = answer.get("class") if isinstance(answer, dict) else None
-    return named if isinstance(named, str) else None
+        elif counters.compared(copy.served, mirrored):
+            served, version = copy.served.named, replica.record.version
+            difference = Difference(utcnow(), copy.request_id, copy.served_by, served, version, mirrored.named)
+            counters.examples.append(difference)

@@ -15,8 +15,9 @@ from typing import Any
 
 from configs.errors import ConfigError, ExternalError, KhetError
 from configs.settings import Settings
+from ml import hardware
 from tasks.cluster import Track
-from tasks.cluster.node import metrics, policy
+from tasks.cluster.node import metrics, policy, processes
 from tasks.cluster.node.counters import Counters, Ledger
 from tasks.cluster.node.fleet import Fleet, Replica
 from tasks.cluster.node.gateway import Gateway, Limits
@@ -182,6 +183,12 @@ class Node:
     def events(self, limit: int) -> list[Event]:
         """The latest events, oldest first."""
         return list(self._events)[-limit:]
+
+    async def room(self) -> int:
+        """See `tasks.cluster.Cluster`."""
+        running = [replica.handle for replica in self.fleet if replica.handle is not None]
+        free, largest = await asyncio.to_thread(processes.memory, running)
+        return policy.room(self.desired, len(tuple(self.fleet)), hardware.cores(), free, largest)
 
     def metrics(self) -> str:
         """One Prometheus scrape."""

@@ -11,6 +11,7 @@ from tasks.cluster import Track
 from tasks.cluster.node.state import Desired, DesiredTrack
 
 _SUM_TOLERANCE = 1e-6
+_REPLICA_BYTES = 500_000_000  # the least a replica is taken to need: interpreter, runtime and a model of some 20 MB
 
 
 def deploy(old: Desired, track: Track, version: str, replicas: int) -> Desired:
@@ -129,6 +130,14 @@ def rollback(old: Desired, version: str, replicas: int) -> Desired:
     new = deploy(old, Track.stable, version, replicas)
     stable = new.tracks[Track.stable].model_copy(update={"fast": True})
     return to_stable(_with(new, tracks={Track.stable: stable}))
+
+
+def room(desired: Desired, running: int, cores: int, free_bytes: int, largest_bytes: int) -> int:
+    """How many more replicas the machine has room for: one a core, for replicas that share a core also share their
+    latency, and as many as the free memory holds of the largest one. Retiring replicas and those still to be started
+    count as running."""
+    occupied = max(running, sum(wanted.replicas for wanted in desired.tracks.values()))
+    return max(0, min(cores - occupied, free_bytes // max(largest_bytes, _REPLICA_BYTES)))
 
 
 def _deployed(desired: Desired, track: Track) -> DesiredTrack:

@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,15 @@ def find(owner: Path) -> dict[str, Handle]:
             if marked.get(OWNER) == str(owner) and _is_alive(process.pid, process.create_time()):
                 found[marked.get(NAME, "")] = Handle(process.pid, process.create_time())
     return found
+
+
+def memory(handles: Iterable[Handle]) -> tuple[int, int]:
+    """Bytes that could be had without swapping, and those the largest of these processes holds (0 without any)."""
+    held = [0]
+    for handle in handles:
+        with contextlib.suppress(psutil.Error):
+            held.append(psutil.Process(handle.pid).memory_info().rss)
+    return psutil.virtual_memory().available, max(held)
 
 
 def is_same(record: ReplicaRecord, handle: Handle) -> bool:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# Alternatives, as factors on the odds of the limit, and their prior weights: dense where rollouts are decided (half again
+# Alternatives, as factors on the odds of the limit, and prior weights: dense where rollouts are decided (half again
 # to ten times as many errors), with tails for disasters and for small differences in long streams. The factor 1 is
 # a stake that is not bet: it bounds the loss where one side carries no evidence.
 _RISES: Final = ((1.12, 0.6), (1.3, 0.9), (1.8, 1.4), (2.7, 1.5), (5.0, 1.2), (12.0, 0.7), (60.0, 0.5))
@@ -155,8 +155,10 @@ def lost(losses: int, wins: int, pairs: int, margin: float) -> float:
     return mean(logs, len(logs))
 
 
-def slower(canary: Mapping[float, int], baseline: Mapping[float, int], quantile: float, factor: float) -> float:
-    """Evidence against H0: the canary's `quantile` of latency is at most `factor` times the baseline's.
+def slower(
+    canary: Mapping[float, int], baseline: Mapping[float, int], quantile: float, factor: float, floor: float = 0.0
+) -> float:
+    """Evidence against H0: the canary's `quantile` of latency is at most `factor` times the baseline's, or `floor` ms.
 
     Both arguments are cumulative histograms with the same upper bounds (ms), the last one infinite. A quantile is an
     exceedance: above it lie at most 1 - quantile of the answers (Howard and Ramdas, "Sequential estimation of
@@ -166,12 +168,17 @@ def slower(canary: Mapping[float, int], baseline: Mapping[float, int], quantile:
     if not bounds.size or not ours[-1] or not theirs[-1]:
         return -math.inf
     share = 1.0 - quantile
-    next_bound = np.minimum(np.searchsorted(bounds, factor * bounds), bounds.size - 1)
+    next_bound = np.minimum(np.searchsorted(bounds, np.maximum(factor * bounds, floor)), bounds.size - 1)
     over = _above(ours[-1] - ours[next_bound], ours[-1], share)
     # The baseline's quantile lies above a bucket's lower bound: at most this many of its answers were faster.
     faster = np.concatenate([[0.0], theirs[:-1]])
     under = _above(faster, theirs[-1], quantile)
     return float((_half_kept(over) + _half_kept(under)).min())
+
+
+def total_of(histogram: Mapping[float, int]) -> int:
+    """How many values a cumulative histogram holds."""
+    return max(histogram.values(), default=0)
 
 
 def _columns(first: Mapping[float, int], second: Mapping[float, int]) -> tuple[Floats, Floats, Floats]:
@@ -242,7 +249,7 @@ def difference_interval(canary: Rate, baseline: Rate, alpha: float) -> tuple[flo
 
 def quantile_interval(histogram: Mapping[float, int], quantile: float, alpha: float) -> tuple[float, float]:
     """A confidence sequence for a quantile of latency in ms, as wide as the buckets at least (inf: no upper end)."""
-    total, share, threshold = max(histogram.values(), default=0), 1.0 - quantile, math.log(2.0 / alpha)
+    total, share, threshold = total_of(histogram), 1.0 - quantile, math.log(2.0 / alpha)
     if total == 0:
         return 0.0, math.inf
     rates = {bound: Rate(total - count, total) for bound, count in sorted(histogram.items())}

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from tasks.rollout.anytime import Rate
 
@@ -151,6 +151,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_NOTHING: Final = Rate(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Where the rollout stands: `weight` 0 is the shadow stage.
@@ -170,4 +173,4 @@ class Stage:
     floor: float | None = None
     classes: int = 0
     ready: bool = True
-    recent: Rate = Rate(0, 0)
+    recent: Rate = _NOTHING

@@ -23,10 +23,11 @@ from ml.dataset import Dataset, Split, SplitName
 from ml.export import latencies_ms, outputs
 from ml.images import DECODE_CONTRACT
 from ml.occlusion import occlusion
+from ml.predictions import PREDICTIONS
 from ml.predictor import Outputs, Predictor, energy
 from ml.results import Evaluation, Mistake
 
-RESULT, PREDICTIONS = "evaluation.json", "predictions.parquet"
+RESULT = "evaluation.json"
 _WORST = 12
 _LATENCY_RUNS = 100
 
@@ -106,6 +107,7 @@ def _score(seen: _Seen, data: Dataset, split: SplitName, out: Path) -> Evaluatio
         ood_flagged_share=float((seen.ood > m.ood_threshold).mean()),
         latency_p50_ms=float(np.median(latencies_ms(seen.predictor.run, image, _LATENCY_RUNS))),
         mistakes=_mistakes(seen, data.classes, out), pictures=drawn,
+        by_source=scores.by_source(seen.split.rows["source"].to_pylist(), seen.correct),
     )  # fmt: skip
 
 
@@ -122,6 +124,7 @@ def _write_predictions(seen: _Seen, classes: Sequence[str], path: Path) -> None:
             "path": rows["path"],
             "sha256": rows["sha256"],
             "label": rows["label"],
+            "group": rows["group"],
             "predicted": [classes[i] for i in seen.predicted],
             "probability": pa.array(seen.confidence, pa.float32()),
             "correct": seen.correct,

@@ -107,6 +107,14 @@ class SeverityScore(Record):
     accuracy: float
 
 
+class SourceScore(Record):
+    """Accuracy of the images of one source: a folder below the class folders, such as a camera, a farm or a season."""
+
+    name: str
+    images: int
+    accuracy: float
+
+
 class Mistake(Record):
     """One of the most confident errors. `picture` shows photo and occlusion map side by side."""
 
@@ -141,6 +149,7 @@ class Evaluation(Record):
     latency_p50_ms: float
     mistakes: tuple[Mistake, ...]
     pictures: tuple[str, ...]
+    by_source: tuple[SourceScore, ...] = ()
 
 
 class ModelMetadata(Record):

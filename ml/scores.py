@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ml.results import ClassScore, SeverityScore
+from ml.results import ClassScore, SeverityScore, SourceScore
 
 Labels = npt.NDArray[np.int64]
 Confusion = npt.NDArray[np.int64]
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 SEVERITY_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+UNSORTED = "no folder of its own"
+_MOST_SOURCES = 50  # a folder for every plant would make a record of thousands of slices too small to judge
 
 
 def wilson(hits: int, total: int, z: float = _Z95) -> tuple[float, float]:
@@ -70,3 +72,18 @@ def by_severity(severity: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_
             score = SeverityScore(low=low, high=high, images=int(inside.sum()), accuracy=float(correct[inside].mean()))
             scores.append(score)
     return tuple(scores)
+
+
+def by_source(files: Sequence[str], correct: npt.NDArray[np.bool_]) -> tuple[SourceScore, ...]:
+    """Accuracy per source, largest first, at most 50; empty where the photos lie directly in their class folders.
+
+    `files` are names relative to the imported folder: in `rust/farm_a/1.jpg` the source is `farm_a`.
+    """
+    parts = [name.split("/") for name in files]
+    sources = np.array([p[1] if len(p) > 2 else UNSORTED for p in parts], dtype=object)
+    names, index, images = np.unique(sources, return_inverse=True, return_counts=True)
+    if names.tolist() == [UNSORTED]:
+        return ()
+    hits = np.bincount(index, weights=correct)
+    order = sorted(range(len(names)), key=lambda i: (-images[i], names[i]))[:_MOST_SOURCES]
+    return tuple(SourceScore(name=names[i], images=int(images[i]), accuracy=float(hits[i] / images[i])) for i in order)

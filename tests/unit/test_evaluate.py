@@ -16,6 +16,7 @@ from ml import evaluate as evaluating
 from ml import pictures, scores
 from ml.dataset import Dataset
 from ml.occlusion import occlusion
+from ml.predictions import Predictions
 from ml.predictor import Outputs, Predictor
 from ml.results import Evaluation
 from tests.support.training import dataset, exported
@@ -38,6 +39,13 @@ def test_the_numbers_agree_with_the_predictions(judged: tuple[Path, Evaluation])
     flagged = np.mean([v > 0 for v in table["ood_score"].to_pylist()])
     assert flagged == pytest.approx(result.ood_flagged_share)
     assert set(table.column_names) >= {"path", "sha256", "label", "predicted", "probability", "severity", "energy"}
+
+
+def test_the_predictions_name_the_groups_of_the_dataset(judged: tuple[Path, Evaluation]) -> None:
+    rows = Dataset.open(dataset()).rows_of("test")
+    seen = Predictions.read(judged[0] / "predictions.parquet")
+    groups = dict(zip(rows["sha256"].to_pylist(), rows["group"].to_pylist(), strict=True))
+    assert dict(zip(seen.image, seen.group, strict=True)) == groups
 
 
 def test_the_evaluation_names_its_holdout(judged: tuple[Path, Evaluation]) -> None:
@@ -132,6 +140,15 @@ def test_severities_fall_into_fifths() -> None:
     severity = np.array([0.0, 0.19, 0.2, 0.99, 1.0, np.nan])
     bins = scores.by_severity(severity, np.array([True, False, True, True, False, True]))
     assert [(b.low, b.images, b.accuracy) for b in bins] == [(0.0, 2, 0.5), (0.2, 1, 1.0), (0.8, 2, 0.5)]
+
+
+def test_sources_are_the_folders_below_the_class_folders() -> None:
+    files = ["rust/farm_a/1.jpg", "rust/farm_a/old/2.jpg", "healthy/farm_a/3.jpg", "rust/farm_b/1.jpg", "rust/4.jpg"]
+    found = scores.by_source(files, np.array([True, True, False, False, True]))
+    assert [(s.name, s.images, s.accuracy) for s in found] == [
+        ("farm_a", 3, pytest.approx(2 / 3)), ("farm_b", 1, 0.0), ("no folder of its own", 1, 1.0),
+    ]  # fmt: skip
+    assert scores.by_source(["rust/1.jpg", "healthy/2.jpg"], np.array([True, False])) == ()
 
 
 # Occlusion and pictures -----------------------------------------------------------------------------------------------

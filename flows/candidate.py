@@ -8,21 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefect import Task
+
 from configs.errors import IntegrityError
 from configs.training import TrainingConfig
 from flows.session import ReleaseSession
 from flows.systems import requester, systems, work_folder
 from ml.dataset import Dataset
+from ml.predictions import PREDICTIONS
 from ml.results import Evaluation, ExportResult, ModelMetadata, TrainResult
 from ml.version import Version
 from tasks.datasets.steps import check_data
 from tasks.registry.steps import Publication, fetch_version, publish
+from tasks.rollout import holdout
 from tasks.rollout.gate import comparable
 from tasks.rollout.journal import ReleaseRecord, utc_now
-from tasks.rollout.policy import Decision, Verdict
 from tasks.rollout.procedure import plan_rollout
 from tasks.rollout.replay import Probe
-from tasks.rollout.steps import gate
+from tasks.rollout.steps import Scored, gate
+from tasks.rollout.verdict import Decision, Verdict
 from tasks.training.steps import evaluate, evaluate_champion, export, train
 
 
@@ -69,13 +73,21 @@ def build_candidate(session: ReleaseSession, config: TrainingConfig, version: st
     model = _published(session, version) if version else _trained(session, config, dataset)
     work = work_folder(session.id)
     onnx = model.folder / "model.onnx"
-    evaluation = session.run("evaluate", evaluate, session.id, onnx, dataset.root, work / "evaluation")
+    scored = _scores(session, "evaluate", evaluate, onnx, dataset, work / "evaluation")
     champion = _champion_scores(session, dataset, work)
-    limits = session.systems.settings.gate
-    verdict = session.run("gate", gate, session.id, evaluation, model.exported, champion, limits)
+    name = str(model.version) if model.version else None
+    verdict = session.run("gate", gate, session.id, scored, model.exported, champion, dataset.healthy_classes, name)
     session.note(verdict)
     candidate = Candidate(
-        model.version, config, dataset, model.folder, model.trained, model.exported, evaluation, champion, verdict
+        model.version,
+        config,
+        dataset,
+        model.folder,
+        model.trained,
+        model.exported,
+        scored.evaluation,
+        champion.evaluation if champion else None,
+        verdict,
     )
     if verdict.decision is Decision.rollback:
         return candidate
@@ -109,7 +121,16 @@ def _published(session: ReleaseSession, version: str) -> _Model:
     return _Model(folder, trained, ExportResult.read(folder / "export.json"), wanted)
 
 
-def _champion_scores(session: ReleaseSession, dataset: Dataset, work: Path) -> Evaluation | None:
+def _scores(
+    session: ReleaseSession, stage: str, step: Task[..., Evaluation], onnx: Path, dataset: Dataset, folder: Path
+) -> Scored:
+    """A model's scores on the holdout. Cached ones count only with their single answers beside them."""
+    gone = not (folder / PREDICTIONS).exists()
+    evaluation = session.run(stage, step.with_options(refresh_cache=gone), session.id, onnx, dataset.root, folder)
+    return Scored(evaluation, folder / PREDICTIONS)
+
+
+def _champion_scores(session: ReleaseSession, dataset: Dataset, work: Path) -> Scored | None:
     """The champion on the same holdout; None without a champion, or when it knows other classes."""
     champion = session.champion
     if champion is None:
@@ -120,9 +141,8 @@ def _champion_scores(session: ReleaseSession, dataset: Dataset, work: Path) -> E
     if metadata.classes != dataset.classes:
         session.say(f"the champion {champion} knows other classes than this data: their answers are not compared")
         return None
-    onnx = bundle.path("model.onnx")
-    scores = work / "champion-evaluation"
-    return session.run("evaluate champion", evaluate_champion, session.id, onnx, dataset.root, scores)
+    onnx, folder = bundle.path("model.onnx"), work / "champion-evaluation"
+    return _scores(session, "evaluate champion", evaluate_champion, onnx, dataset, folder)
 
 
 def _publish(session: ReleaseSession, candidate: Candidate) -> Candidate:
@@ -141,6 +161,8 @@ def _publish(session: ReleaseSession, candidate: Candidate) -> Candidate:
     version = session.run("publish", publish, session.id, publication)
     session.change(version=str(version))
     session.audit("publish", str(version), "done")
+    store, bucket = session.systems.store, session.systems.bucket
+    holdout.name_version(store, bucket, candidate.evaluation.holdout_hash, session.id, str(version))
     return dataclasses.replace(candidate, version=version)
 
 

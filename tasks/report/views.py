@@ -43,11 +43,17 @@ Shape = tuple[str, Unit, Bound]
 _HOLDOUT: Mapping[str, Shape] = {
     "accuracy": ("Accuracy", "share", "at_least"),
     "recall": ("Recall of the weakest class", "share", "at_least"),
+    "severity": ("Accuracy in the weakest band of severity", "share", "at_least"),
+    "source": ("Accuracy on the weakest source", "share", "at_least"),
     "calibration": ("Calibration error", "share", "at_most"),
+    "parity": ("Difference from the trained model", "score", "at_most"),
     "latency": ("Time for one image", "ms", "at_most"),
     "size": ("Size of the model", "bytes", "at_most"),
-    "accuracy vs champion": ("Accuracy against the champion", "share", "at_least"),
-    "missed disease vs champion": ("Missed disease against the champion", "share", "at_most"),
+    "accuracy vs champion": ("Accuracy lost to the champion", "share", "at_most"),
+    "accuracy by chance": ("Accuracy: loss explained by chance", "score", "at_least"),
+    "missed disease vs champion": ("Missed disease added to the champion's", "share", "at_most"),
+    "missed disease by chance": ("Missed disease: loss explained by chance", "score", "at_least"),
+    "holdout reuse": ("Releases decided on this holdout", "count", "at_most"),
 }
 _TRAFFIC: Mapping[str, Shape] = {
     "errors": ("Errors", "share", "at_most"),

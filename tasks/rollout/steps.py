@@ -2,31 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from configs.areas import GateSettings
+from configs.settings import settings
+from ml.objects import ObjectStore
+from ml.predictions import Predictions
 from ml.results import Evaluation, ExportResult
 from tasks.prefect_support import RETRY_DELAYS, retry_external, show_table
 from tasks.progress import report
-from tasks.rollout import gate as gates
-from tasks.rollout.policy import GateReading, Verdict
+from tasks.rollout import gate as champion_gate
+from tasks.rollout import holdout
+from tasks.rollout.journal import utc_now
+from tasks.rollout.paired import Pairs, pair
 from tasks.rollout.procedure import Aliases, Rollout, Tallies, step_label
+from tasks.rollout.verdict import GateReading, Verdict
 
 
-@task(name="gate", cache_policy=NO_CACHE, persist_result=True, timeout_seconds=120)
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A model's scores on the holdout, and the file with its single answers."""
+
+    evaluation: Evaluation
+    predictions: Path
+
+
+@task(
+    name="gate",
+    cache_policy=NO_CACHE,
+    persist_result=True,
+    retries=2,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_external,
+    timeout_seconds=120,
+)
 def gate(
     release_id: str,
-    challenger: Evaluation,
+    challenger: Scored,
     exported: ExportResult,
-    champion: Evaluation | None,
-    limits: GateSettings,
+    champion: Scored | None,
+    healthy: tuple[str, ...],
+    version: str | None,
 ) -> Verdict:
-    """Hold the challenger against the floors and the champion."""
-    verdict = gates.gate(challenger, exported, champion, limits)
+    """Hold the challenger against the floors and the champion, and count the use of the holdout.
+
+    Raises:
+        IntegrityError: the two models did not answer the same images; nothing was decided.
+        ExternalError: the object store, where uses are counted, is away.
+    """
+    current = settings()
+    store, bucket = ObjectStore(current.object_store), current.object_store.models_bucket
+    evaluation = challenger.evaluation
+    uses = holdout.deciders(store, bucket, evaluation.holdout_hash) | {release_id}
+    verdict = champion_gate.gate(
+        evaluation,
+        exported,
+        champion.evaluation if champion else None,
+        current.gate,
+        pairs=_pairs(challenger, champion, healthy),
+        holdout_uses=len(uses),
+    )
+    use = holdout.HoldoutUse(
+        release_id=release_id,
+        decided_at=utc_now(),
+        decision=verdict.decision.value,
+        model_sha256=exported.sha256,
+        version=version,
+    )
+    holdout.record_use(store, bucket, evaluation.holdout_hash, use)
     show_table(f"gate-{release_id}", table(verdict.readings), "Champion's gate")
     _say(verdict)
     return verdict
+
+
+def _pairs(challenger: Scored, champion: Scored | None, healthy: tuple[str, ...]) -> Pairs | None:
+    """Both models' answers side by side; None where they cannot be compared."""
+    if champion is None or not champion_gate.comparable(challenger.evaluation, champion.evaluation):
+        return None
+    return pair(Predictions.read(challenger.predictions), Predictions.read(champion.predictions), healthy)
 
 
 @task(

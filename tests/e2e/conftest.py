@@ -13,6 +13,7 @@ from tests.support.local_stack import LocalStack, start_local_stack
 QUICK = {
     "KHET_GATE__MIN_ACCURACY": "0.6",
     "KHET_GATE__MIN_RECALL": "0.0",
+    "KHET_GATE__MIN_SLICE_ACCURACY": "0.0",
     "KHET_GATE__MAX_ECE": "0.5",
     "KHET_GATE__ACCURACY_MARGIN": "0.15",
     "KHET_GATE__MISSED_DISEASE_MARGIN": "0.3",

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from configs.areas import GateSettings, JudgeSettings
+from ml.predictions import Predictions
 from ml.results import ClassScore, Epoch, Evaluation, ExportResult, Mistake, SeverityScore, TrainResult
 from tasks.report.model import (
     CanaryLook,
@@ -30,7 +31,9 @@ from tasks.report.model import (
 )
 from tasks.report.views import holdout_view, traffic_view
 from tasks.rollout.gate import gate
+from tasks.rollout.paired import pair
 from tasks.rollout.policy import Evidence, Stage, judge
+from tasks.rollout.verdict import Verdict
 
 BEGAN = datetime(2026, 11, 20, 6, 12, 4, tzinfo=UTC)
 CLASSES = (
@@ -130,6 +133,26 @@ def _wilson(right: int, total: int) -> tuple[float, float]:
     z, p = 1.96, right / total
     middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+
+
+def holdout_verdict(ours: Evaluation, theirs: Evaluation) -> Verdict:
+    """The gate's verdict on two models that err on the same photos as far as their matrices allow."""
+    pairs = pair(_predictions(ours), _predictions(theirs), [name for name in CLASSES if "healthy" in name])
+    return gate(ours, exported(), theirs, GateSettings(), pairs=pairs)
+
+
+def _predictions(result: Evaluation) -> Predictions:
+    """Single answers that add up to the confusion matrix, each class's right ones first."""
+    names = [c.name for c in result.classes]
+    answers = [
+        (names[i], names[j])
+        for i, row in enumerate(result.confusion)
+        for j in sorted(range(len(row)), key=lambda j, i=i: j != i)
+        for _ in range(row[j])
+    ]
+    label, predicted = np.array(answers, dtype=object).T
+    image = np.array([f"{k:05d}" for k in range(len(answers))], dtype=object)
+    return Predictions(image, label, predicted, image)
 
 
 def _mistake(i: int, names: tuple[str, ...]) -> Mistake:
@@ -325,11 +348,11 @@ def promoted(**changes: Any) -> ReleaseReport:
         "release_id": "r-20261120-061204-7c1e", "title": "Release of leaves to v1.3.0", "version": "v1.3.0",
         "champion_version": "v1.2.0", "outcome": "promoted", "started_at": BEGAN,
         "reasons": (
-            *gate(ours, exported(), theirs, GateSettings()).reasons, *_live_verdict(made).reasons,
+            *holdout_verdict(ours, theirs).reasons, *_live_verdict(made).reasons,
         ),
         "finished_at": BEGAN + timedelta(seconds=170), "requested_by": "priya", "stages": stages(),
         "train": training(), "export": exported(), "evaluation": ours, "champion_evaluation": theirs,
-        "gate": holdout_view(gate(ours, exported(), theirs, GateSettings())), "canary": _live_verdict(made),
+        "gate": holdout_view(holdout_verdict(ours, theirs)), "canary": _live_verdict(made),
         "looks": made, "events": _events(made), "lineage": LINEAGE, "config": CONFIG, "files": FILES,
         "links": {"Object store": "s3://khet-guard-models/v1.3.0/", "Service": "http://127.0.0.1:8080/predict"},
     }  # fmt: skip
@@ -349,7 +372,7 @@ def first_release() -> ReleaseReport:
 def gated() -> ReleaseReport:
     """A challenger that the holdout stopped, before it had a version."""
     ours, theirs = evaluation(0.71, seed=9), evaluation(0.945)
-    verdict = holdout_view(gate(ours, exported(), theirs, GateSettings()))
+    verdict = holdout_view(holdout_verdict(ours, theirs))
     return promoted(
         version=None, outcome="gated", evaluation=ours, champion_evaluation=theirs, gate=verdict, canary=None, looks=(),
         reasons=verdict.reasons, events=(), files=(), stages=stages("gate", "failed"),

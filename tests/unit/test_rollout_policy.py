@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.areas import GateSettings, JudgeSettings
-from ml.results import ClassScore, Evaluation, ExportResult
-from tasks.rollout.gate import gate
+from configs.areas import JudgeSettings
 from tasks.rollout.policy import Decision, Evidence, Stage, binomial_tail, judge
 
 LIMITS = JudgeSettings()
@@ -102,57 +100,3 @@ def test_more_errors_never_help(n: int, errors: int) -> None:
     fewer = judge(Evidence(requests=n, errors=errors), CHAMPION, stage(), LIMITS, comparable=False)
     more = judge(Evidence(requests=n, errors=errors + 1), CHAMPION, stage(), LIMITS, comparable=False)
     assert not (fewer.decision is Decision.rollback and more.decision is not Decision.rollback)
-
-
-def evaluation(
-    accuracy: float = 0.95, *, holdout: str = "h", names: tuple[str, ...] = ("healthy", "rust")
-) -> Evaluation:
-    classes = tuple(
-        ClassScore(name=n, support=100, recall=accuracy, recall_low=0.9, recall_high=0.97, precision=0.9, f1=0.9)
-        for n in names
-    )
-    return Evaluation(
-        dataset="d", dataset_hash="x", split="test", holdout_hash=holdout, images=200, accuracy=accuracy,
-        accuracy_low=0.9, accuracy_high=0.97, macro_f1=accuracy, missed_disease_rate=1 - accuracy, classes=classes,
-        by_severity=(), confusion=((95, 5), (5, 95)), ece_before=0.06, ece_after=0.01, temperature=1.3,
-        ood_threshold=0.0, ood_flagged_share=0.01, latency_p50_ms=0.5, mistakes=(), pictures=(),
-    )  # fmt: skip
-
-
-def exported(**changes: object) -> ExportResult:
-    values: dict[str, object] = {
-        "onnx": "model.onnx", "sha256": "0" * 64, "size_bytes": 400_000, "opset": 20, "parity_images": 200,
-        "parity_max_abs_diff": 1e-7, "parity_argmax_equal": True, "latency_p50_ms": 0.4, "latency_p99_ms": 0.9,
-        "torch_latency_p50_ms": 1.0, "int8_considered": False, "int8_taken": False, "int8_reason": "",
-    }  # fmt: skip
-    return ExportResult.model_validate(values | changes)
-
-
-def test_the_gate_lets_a_good_challenger_pass_and_says_when_there_is_no_champion() -> None:
-    verdict = gate(evaluation(), exported(), None, GateSettings())
-    assert verdict.decision is Decision.advance
-    assert any("no champion" in reason for reason in verdict.reasons)
-
-
-def test_the_gate_stops_a_challenger_that_is_worse_than_the_champion() -> None:
-    verdict = gate(evaluation(0.90), exported(), evaluation(0.96), GateSettings())
-    assert verdict.decision is Decision.rollback
-    assert any("champion 96.0%" in reason for reason in verdict.reasons)
-
-
-def test_the_gate_compares_only_on_the_same_holdout_and_classes() -> None:
-    other_images = gate(evaluation(0.90), exported(), evaluation(0.96, holdout="other"), GateSettings())
-    other_names = gate(evaluation(0.90), exported(), evaluation(0.96, names=("healthy", "scab")), GateSettings())
-    assert other_images.decision is Decision.advance
-    assert other_names.decision is Decision.advance
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [({"latency_p50_ms": 400.0}, "one image takes"), ({"size_bytes": 600_000_000}, "bytes")],
-    ids=["slow", "large"],
-)
-def test_the_gate_stops_a_file_that_cannot_be_served(changes: dict[str, object], word: str) -> None:
-    verdict = gate(evaluation(), exported(**changes), None, GateSettings())
-    assert verdict.decision is Decision.rollback
-    assert word in verdict.reasons[0]

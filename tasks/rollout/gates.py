@@ -40,7 +40,7 @@ class Sides:
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What a gate found before it is held against its threshold. `words` say value and comparison; `interval` is
-    only worked out for a verdict that ends something."""
+    only worked out for a verdict that ends something; `reference` is the other side's value, if there is one."""
 
     value: float
     limit: float
@@ -48,6 +48,7 @@ class _Seen:
     log_evidence: float
     words: str
     interval: Callable[[float], tuple[float, float]]
+    reference: float | None = None
 
 
 def rule_of(name: str, limits: JudgeSettings) -> GateRule:
@@ -108,6 +109,7 @@ def _reading(name: str, seen: _Seen, limits: JudgeSettings, threshold: float, *,
         high,
         rule.critical,
         rule.dry_run,
+        seen.reference,
     )
 
 
@@ -167,6 +169,7 @@ def _compared(ours: Rate, theirs: Rate, rule: GateRule, what: str) -> _Seen:
         anytime.worse(ours, theirs, rule.margin),
         words if theirs.total else f"{words} (of nothing)",
         lambda alpha: anytime.rate_interval(ours, alpha),
+        theirs.share if theirs.total else None,
     )
 
 
@@ -185,6 +188,7 @@ def _tail(sides: Sides, limits: JudgeSettings) -> _Seen:
         anytime.slower(ours, theirs, q, rule.factor, limits.latency_objective_ms),
         f"{name}, of the baseline's within {reference:,.0f} ms",
         lambda alpha: anytime.quantile_interval(ours, q, alpha),
+        reference if theirs else None,
     )
 
 
@@ -249,6 +253,7 @@ def _accuracy(sides: Sides, limits: JudgeSettings) -> _Seen:
         anytime.lost(paired.losses, paired.wins, paired.pairs, margin),
         words,
         lambda alpha: anytime.rate_interval(paired.challenger, alpha),
+        paired.champion.share if paired.pairs else None,
     )
 
 

@@ -110,4 +110,9 @@ def _numbers(sides: Sides) -> dict[str, float]:
     if sides.baseline is not sides.champion:
         named |= {f"baseline_{name}": value for name, value in sides.baseline.numbers().items()}
     paired = sides.paired
-    return named | {"pairs": paired.pairs, "pairs_lost": paired.losses, "pairs_won": paired.wins}
+    return named | {
+        "pairs": paired.pairs,
+        "pairs_lost": paired.losses,
+        "pairs_won": paired.wins,
+        "pairs_both": paired.both,
+    }

@@ -87,7 +87,7 @@ class GateReading:
     `value` and `limit` are shares unless the gate's name says otherwise. `log_evidence` (natural logarithm) speaks for
     harm and is held against `log_threshold`; both are None where a gate is a plain limit. `low` and `high` enclose the
     true value. Harm in a gate that is not `critical` stops the promotion and undoes nothing; a `dry_run` gate is only
-    reported.
+    reported. `reference` is the baseline's or champion's value; None where `limit` is fixed.
     """
 
     name: str
@@ -102,6 +102,7 @@ class GateReading:
     high: float | None = None
     critical: bool = True
     dry_run: bool = False
+    reference: float | None = None
 
     @property
     def counts(self) -> bool:

@@ -12,7 +12,7 @@ from prefect import Task
 
 from configs.errors import IntegrityError
 from configs.training import TrainingConfig
-from flows.session import ReleaseSession
+from flows.session import ReleaseSession, baseline_wanted
 from flows.systems import requester, systems, work_folder
 from ml.dataset import Dataset
 from ml.predictions import PREDICTIONS
@@ -194,7 +194,7 @@ def plan_candidate(run_id: str, config: TrainingConfig, version: Version | None)
         connected.settings.canary,
         replicas=connected.settings.cluster.replicas,
         canary=connected.settings.cluster.canary_replicas,
-        comparable=True,
+        baseline=champion is not None and baseline_wanted(connected),
     )
     record = ReleaseRecord(
         release_id=run_id,

@@ -106,6 +106,7 @@ def undo_canary(systems: Systems, journal: Journal) -> None:
     else:
         systems.cluster.set_weights({Track.stable: 1.0})
         systems.cluster.remove(Track.canary)
+        systems.cluster.remove(Track.baseline)
     journal.change(intent=None)
 
 
@@ -117,6 +118,7 @@ def finish_switch(systems: Systems, version: Version, record: ReleaseRecord) -> 
     cluster.set_weights({Track.stable: 1.0})
     systems.registry.move_alias("production", version, by=record.requested_by, reason="finished after an interruption")
     cluster.remove(Track.canary)
+    cluster.remove(Track.baseline)
 
 
 def _audited(systems: Systems, record: ReleaseRecord, sentence: str) -> str:

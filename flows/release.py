@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import flow, get_run_logger, runtime
@@ -20,9 +21,9 @@ from flows.session import ReleaseSession, open_session, run_tail
 from ml.version import Version
 from tasks.progress import report
 from tasks.rollout.journal import ReleaseRecord
-from tasks.rollout.policy import Decision, Verdict
-from tasks.rollout.procedure import Rollout, step_label
+from tasks.rollout.procedure import Labels, Rollout, step_label
 from tasks.rollout.steps import canary_step, deploy_canary, first_deploy, promote, smoke_test, undo_canary
+from tasks.rollout.verdict import Decision, Verdict
 
 DEFAULT_CONFIG = "configs/training/plant_disease.yaml"
 
@@ -106,27 +107,37 @@ def try_on_traffic(session: ReleaseSession, rollout: Rollout, candidate: Candida
         return session.earlier_verdict()
     if rollout.plan.champion is None:
         session.run("first deploy", first_deploy, rollout)
-        with session.replay(candidate) as tallies:
+        with session.replay(candidate) as labels:
             floor = session.systems.settings.gate.min_accuracy
-            return session.note(session.run("smoke test", smoke_test, rollout, tallies, floor))
+            return session.note(session.run("smoke test", smoke_test, rollout, labels, floor))
     session.ensure_champion_serves(rollout.plan)
     session.run("deploy canary", deploy_canary, rollout)
-    with session.replay(candidate) as tallies:
+    with session.replay(candidate) as labels:
         for weight in rollout.plan.steps:
-            step = session.run(f"canary {step_label(weight)}", canary_step, rollout, weight, tallies)
-            verdict = session.note(step)
+            verdict = decided_step(session, rollout, weight, labels)
             if verdict.decision is not Decision.advance:
                 break
     return verdict
 
 
-def approved(session: ReleaseSession, rollout: Rollout) -> bool:
+def decided_step(session: ReleaseSession, rollout: Rollout, weight: float, labels: Labels) -> Verdict:
+    """One step's verdict; where the judge could not decide and the settings say so, a person does."""
+    verdict = session.note(session.run(f"canary {step_label(weight)}", canary_step, rollout, weight, labels))
+    if verdict.decision is not Decision.inconclusive or rollout.canary.undecided != "ask":
+        return verdict
+    if not approved(session, rollout, key=f"undecided-{step_label(weight)}"):
+        return verdict
+    decision = Decision.promote if weight == rollout.plan.steps[-1] else Decision.advance
+    return session.note(replace(verdict, decision=decision, reasons=("a person decided", *verdict.reasons)))
+
+
+def approved(session: ReleaseSession, rollout: Rollout, key: str = "promote") -> bool:
     """Ask a person. Nobody is served by the canary while the question stands; a timeout means no."""
     rollout.withdraw()
     timeout_s = session.systems.settings.orchestrator.approval_timeout_s
     session.say(f"waiting up to {timeout_s} s for a person: `khet approve {session.record.release_id}` or the UI")
     try:
-        answer = pause_flow_run(wait_for_input=Approval, timeout=timeout_s, poll_interval=1, key="promote")
+        answer = pause_flow_run(wait_for_input=Approval, timeout=timeout_s, poll_interval=1, key=key)
     except FlowPauseTimeout:
         session.say("nobody answered in time: not approved", "warning")
         return False

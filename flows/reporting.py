@@ -26,7 +26,7 @@ from tasks.report.pictures import timeline_png
 from tasks.report.render import render_html
 from tasks.report.tables import looks_table, markdown_image, render_markdown_card, stage_table
 from tasks.rollout.journal import PREFIX, ReleaseRecord
-from tasks.rollout.policy import Decision, GateReading, Verdict
+from tasks.rollout.verdict import Decision, GateReading, Verdict
 
 if TYPE_CHECKING:
     from flows.candidate import Candidate

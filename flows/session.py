@@ -18,11 +18,10 @@ from ml.version import Version
 from tasks.cluster import Track
 from tasks.lease import Lease
 from tasks.progress import report
-from tasks.rollout.evidence import Probes
 from tasks.rollout.journal import Journal, Outcome, ReleaseRecord, Severity, StageRecord, StageState, utc_now
-from tasks.rollout.policy import Decision, Verdict
-from tasks.rollout.procedure import Clock, Look, Plan, Rollout, Tallies, plan_rollout, served_version
+from tasks.rollout.procedure import Clock, Labels, Look, Plan, Rollout, plan_rollout, served_version, wants_baseline
 from tasks.rollout.replay import Replayer
+from tasks.rollout.verdict import Decision, Paired, Verdict
 
 if TYPE_CHECKING:
     from flows.candidate import Candidate
@@ -115,7 +114,8 @@ class ReleaseSession:
             current.canary,
             replicas=current.cluster.replicas,
             canary=current.cluster.canary_replicas,
-            comparable=candidate.comparable,
+            classes=len(candidate.evaluation.classes) if candidate.comparable else 0,
+            baseline=baseline_wanted(self.systems),
         )
         self.audit("rollout", str(plan.version), "intended", plan={"steps": plan.describe()})
         return self.rollout(plan)
@@ -150,15 +150,15 @@ class ReleaseSession:
         return verdict
 
     @contextlib.contextmanager
-    def replay(self, candidate: Candidate) -> Iterator[Tallies]:
+    def replay(self, candidate: Candidate) -> Iterator[Labels]:
         """Labelled traffic through the gateway while the block runs, where settings or a first release ask for it."""
         current = self.systems.settings
         gateway = current.cluster.gateway_url
         if gateway is None or not (current.replay.enabled or self.champion is None):
-            yield dict[str, Probes]
+            yield lambda _champion, _challenger: Paired()
             return
         with Replayer(gateway, candidate.probes(current.replay.max_images), current.replay) as replayer:
-            yield replayer.tallies
+            yield replayer.paired
         if replayer.failed:
             sample = "; ".join(replayer.failures())
             self.say(
@@ -298,6 +298,13 @@ def _new_record(connected: Systems, run_id: str, asked: Mapping[str, Any]) -> Re
         parameters=dict(asked),
         champion=str(production.version) if production else None,
     )
+
+
+def baseline_wanted(connected: Systems) -> bool:
+    """Whether releases run the champion once more beside the canary, by the settings and the cluster's room."""
+    current = connected.settings
+    sizes = {"replicas": current.cluster.replicas, "canary": current.cluster.canary_replicas}
+    return wants_baseline(connected.cluster, current.canary, **sizes)
 
 
 def answering_version(gateway_url: str | None) -> Version | None:

@@ -7,20 +7,23 @@ change is preceded by its intent in the journal; each step may be repeated after
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, Protocol
 
 from configs.areas import CanarySettings, JudgeSettings
 from configs.errors import ExternalError, SafetyError
 from ml.version import Version
-from tasks.cluster import Cluster, Track, TrackCounters
-from tasks.rollout.evidence import Probes, evidence
+from tasks.cluster import Cluster, Track
+from tasks.rollout.anytime import Rate
+from tasks.rollout.evidence import Meter, evidence
 from tasks.rollout.journal import Journal, utc_now
-from tasks.rollout.policy import Decision, Evidence, Stage, Verdict, judge
+from tasks.rollout.policy import judge
+from tasks.rollout.verdict import Decision, Evidence, Paired, Stage, Verdict
 
-Tallies = Callable[[], Mapping[str, Probes]]
+# Champion (None: there is none) and challenger to the labelled images both answered so far.
+Labels = Callable[[Version | None, Version], Paired]
 Guard = Callable[[], None]
 
 
@@ -42,14 +45,26 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a rollout will do. `steps` are shares of traffic, 0 for the shadow stage; empty on a first release."""
+    """What a rollout will do.
+
+    `steps` are shares of traffic, 0 for the shadow stage; empty on a first release. `classes`: how many both versions
+    know, 0 where their answers cannot be compared. `baseline`: the champion runs once more, as large as the canary.
+    """
 
     version: Version
     champion: Version | None
     steps: tuple[float, ...]
     replicas: int
     canary_replicas: int
-    comparable: bool
+    classes: int = 0
+    baseline: bool = False
+
+    def weights(self, share: float) -> dict[Track, float]:
+        """The traffic of each track while the canary gets `share` of it."""
+        if not self.baseline:
+            return {Track.stable: 1.0 - share, Track.canary: share}
+        beside = min(share, 1.0 - share)
+        return {Track.stable: 1.0 - share - beside, Track.baseline: beside, Track.canary: share}
 
     def describe(self) -> list[str]:
         """The plan in sentences, as `--dry-run` shows it."""
@@ -58,8 +73,9 @@ class Plan:
         stages = [
             "mirror requests and compare answers" if s == 0 else f"send {s:.0%} of the traffic" for s in self.steps
         ]
+        beside = f", {self.champion} on as many more to compare it with" if self.baseline else ""
         return [
-            f"deploy {self.version} on {self.canary_replicas} canary replica(s) beside {self.champion}",
+            f"deploy {self.version} on {self.canary_replicas} canary replica(s) beside {self.champion}{beside}",
             *[f"{stage}, then judge" for stage in stages],
             f"replace {self.champion} by {self.version} on {self.replicas} replica(s), one at a time",
             f"point production at {self.version}, previous at {self.champion}; remove the canary",
@@ -73,12 +89,24 @@ def plan_rollout(
     *,
     replicas: int,
     canary: int,
-    comparable: bool,
+    classes: int = 0,
+    baseline: bool = False,
 ) -> Plan:
     """Lay out the steps for this pair of versions."""
     shadow = (0.0,) if settings.shadow_requests else ()
     steps = () if champion is None else (*shadow, *settings.steps)
-    return Plan(version, champion, steps, replicas, canary, comparable)
+    return Plan(version, champion, steps, replicas, canary, classes, baseline and champion is not None)
+
+
+def wants_baseline(cluster: Cluster, settings: CanarySettings, *, replicas: int, canary: int) -> bool:
+    """Whether the champion should run once more beside the canary; asks the cluster for room only where it matters.
+
+    Raises:
+        ExternalError: the cluster does not answer.
+    """
+    if settings.baseline != "auto":
+        return settings.baseline == "on"
+    return replicas > canary and cluster.room() >= 2 * canary
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +139,9 @@ class Rollout:
     guard: Guard
     on_look: Callable[[Look], None]
     clock: Clock = field(default_factory=Clock)
-    _start: Mapping[Track, TrackCounters] = field(default_factory=dict)
+    _meter: Meter = field(default_factory=Meter)
+    _last: Rate = field(default_factory=lambda: Rate(0, 0))
+    _unready_since: float | None = None
 
     def deploy_canary(self) -> None:
         """Start the canary's replicas; no traffic yet."""
@@ -119,18 +149,30 @@ class Rollout:
         champion = str(self.plan.champion) if self.plan.champion else None
         self.journal.intend("canary", str(self.plan.version), champion)
         self.cluster.set_weights({Track.stable: 1.0})
+        if self.plan.baseline and self.plan.champion:
+            self.cluster.deploy(Track.baseline, self.plan.champion, self.plan.canary_replicas)
+            self.cluster.wait_ready(Track.baseline, self.ready_timeout_s)
         self.cluster.deploy(Track.canary, self.plan.version, self.plan.canary_replicas)
         self.cluster.wait_ready(Track.canary, self.ready_timeout_s)
 
-    def run_step(self, weight: float, tallies: Tallies) -> Verdict:
-        """Send `weight` of the traffic (0: mirror it) and look until the judge decides."""
+    def run_step(self, weight: float, labels: Labels) -> Verdict:
+        """Send `weight` of the traffic (0: mirror it) and look until the judge decides, or until time is over."""
+        verdict = self._run_step(weight, labels)
+        for _ in range(self.canary.max_extensions if self.canary.undecided == "extend" else 0):
+            if verdict.decision is not Decision.inconclusive:
+                break
+            self.journal.say(f"{verdict.sentence}; waiting for another {self.canary.deadline_s} s", "warning")
+            verdict = self._run_step(weight, labels)
+        return verdict
+
+    def _run_step(self, weight: float, labels: Labels) -> Verdict:
         self.guard()
         self._route(weight)
-        self._remember_start()
+        self._meter.feed(self.cluster.counters())
         began = self.clock.monotonic()
-        before = self._seen(weight, tallies)
+        before = _samples(self._evidence(Track.canary), weight)
         while True:
-            verdict = self._look(weight, tallies, self._stage(weight, before, self.clock.monotonic() - began))
+            verdict = self._look(weight, labels, self._stage(weight, before, self.clock.monotonic() - began))
             if verdict.decision is not Decision.wait:
                 return verdict
             self.clock.sleep(self.canary.poll_s)
@@ -144,7 +186,7 @@ class Rollout:
     def undo(self) -> None:
         """Take the canary away. Repeatable; right after a crash too."""
         self.cluster.set_weights({Track.stable: 1.0})
-        self.cluster.remove(Track.canary)
+        self._remove_guests()
 
     def promote(self, aliases: Aliases, *, by: str, reason: str) -> None:
         """Make the version production: serve it everywhere, then point the alias, then remove the canary.
@@ -164,7 +206,7 @@ class Rollout:
             raise
         self.cluster.set_weights({Track.stable: 1.0})
         aliases.move_alias("production", self.plan.version, by=by, reason=reason)
-        self.cluster.remove(Track.canary)
+        self._remove_guests()
 
     def first_deploy(self) -> None:
         """Serve the first version there is; nobody was served before."""
@@ -174,12 +216,12 @@ class Rollout:
         self.cluster.wait_ready(Track.stable, self.ready_timeout_s)
         self.cluster.set_weights({Track.stable: 1.0})
 
-    def judge_first(self, tallies: Tallies, floor: float) -> Verdict:
+    def judge_first(self, labels: Labels, floor: float) -> Verdict:
         """Judge the first version on labelled probes: there is no champion to compare it with."""
         began = self.clock.monotonic()
         while True:
             stage = self._stage(1.0, 0, self.clock.monotonic() - began, floor=floor)
-            verdict = self._look(1.0, tallies, stage, track=Track.stable)
+            verdict = self._look(1.0, labels, stage, track=Track.stable)
             if verdict.decision is not Decision.wait:
                 return verdict
             self.clock.sleep(self.canary.poll_s)
@@ -192,7 +234,7 @@ class Rollout:
 
     def _route(self, weight: float) -> None:
         mirror = {Track.canary: 1.0} if weight == 0 else {}
-        shares = {Track.stable: 1.0 - weight, Track.canary: weight} if weight else {Track.stable: 1.0}
+        shares = self.plan.weights(weight) if weight else {Track.stable: 1.0}
         self.cluster.set_weights(shares, mirror=mirror, lease_s=self.canary.lease_s)
 
     def _keep_traffic(self) -> None:
@@ -203,38 +245,52 @@ class Rollout:
             if not error.retryable:
                 raise
 
-    def _remember_start(self) -> None:
-        if not self._start:
-            self._start = self.cluster.counters()
-
-    def _seen(self, weight: float, tallies: Tallies) -> int:
-        canary, _ = self._evidence(tallies, Track.canary)
-        return canary.shadow_requests if weight == 0 else canary.requests
+    def _remove_guests(self) -> None:
+        self.cluster.remove(Track.canary)
+        if self.plan.baseline:
+            self.cluster.remove(Track.baseline)
 
     def _stage(self, weight: float, before: int, elapsed_s: float, floor: float | None = None) -> Stage:
         needed = self.canary.shadow_requests if weight == 0 else self.canary.min_samples
         last = not self.plan.steps or weight == self.plan.steps[-1]
-        return Stage(weight, needed, last, elapsed_s, self.canary.deadline_s, before, floor)
+        return Stage(weight, needed, last, elapsed_s, self.canary.deadline_s, before, floor, self.plan.classes)
 
-    def _evidence(self, tallies: Tallies, track: Track) -> tuple[Evidence, Evidence]:
-        counters, probes = self.cluster.counters(), tallies()
-        objective = self.limits.latency_objective_ms
+    def _evidence(self, track: Track) -> Evidence:
+        return evidence(self._meter.totals.get(track), self.limits.latency_objective_ms)
 
-        def of(which: Track, version: Version | None) -> Evidence:
-            tally = probes.get(str(version), Probes())
-            return evidence(counters.get(which), self._start.get(which), tally, objective_ms=objective)
-
-        champion = of(Track.stable, self.plan.champion) if self.plan.champion else Evidence()
-        return of(track, self.plan.version), champion
-
-    def _look(self, weight: float, tallies: Tallies, stage: Stage, track: Track = Track.canary) -> Verdict:
+    def _look(self, weight: float, labels: Labels, stage: Stage, track: Track = Track.canary) -> Verdict:
         try:
-            canary, champion = self._evidence(tallies, track)
+            self._meter.feed(self.cluster.counters())
+            ready = self._ready(track)
         except ExternalError as error:
             return self._no_evidence(error, stage)
-        verdict = judge(canary, champion, stage, self.limits, comparable=self.plan.comparable)
-        self.on_look(Look(self.clock.now(), step_label(weight), weight, canary, champion, verdict))
+        canary, stable = self._evidence(track), self._evidence(Track.stable)
+        champion = stable if self.plan.champion else Evidence()
+        baseline = self._evidence(Track.baseline) if self.plan.baseline else None
+        paired = labels(self.plan.champion, self.plan.version)
+        now = replace(stage, ready=ready, recent=self._recent(canary))
+        verdict = judge(canary, champion, paired, now, self.limits, baseline=baseline)
+        beside = champion if baseline is None or weight == 0 else baseline
+        self.on_look(Look(self.clock.now(), step_label(weight), weight, canary, beside, verdict))
         return verdict
+
+    def _ready(self, track: Track) -> bool:
+        """Whether a replica takes requests, or did a moment ago."""
+        replicas = self.cluster.status().replicas
+        if any(replica.ready for replica in replicas if replica.track is track):
+            self._unready_since = None
+            return True
+        now = self.clock.monotonic()
+        self._unready_since = now if self._unready_since is None else self._unready_since
+        return now - self._unready_since < self.limits.unready_s
+
+    def _recent(self, canary: Evidence) -> Rate:
+        """Errors since the last time that enough requests had come for the hard guard."""
+        bad, total = canary.errors + canary.shadow_errors, canary.requests + canary.shadow_requests
+        since = Rate(bad - self._last.bad, total - self._last.total)
+        if since.total >= self.limits.hard_error_requests:
+            self._last = Rate(bad, total)
+        return since
 
     def _no_evidence(self, error: ExternalError, stage: Stage) -> Verdict:
         """A provider that does not answer is no failure of the canary: wait, until the deadline."""
@@ -249,6 +305,10 @@ class Rollout:
             return
         self.cluster.deploy(Track.stable, self.plan.champion, self.plan.replicas)
         self.undo()
+
+
+def _samples(canary: Evidence, weight: float) -> int:
+    return canary.shadow_requests if weight == 0 else canary.requests
 
 
 def served_version(cluster: Cluster) -> Version | None:

@@ -13,7 +13,8 @@ from typing import Self
 import aiohttp
 
 from configs.areas import ReplaySettings
-from tasks.rollout.evidence import Probes
+from ml.version import Version
+from tasks.rollout.verdict import Paired
 
 _TIMEOUT_S = 15.0
 _KEPT_FAILURES = 5
@@ -29,6 +30,33 @@ class Probe:
     label: str
 
 
+class LabelledAnswers:
+    """Which images each version got right. An image counts once a version, however often it was sent: the same photo
+    asked again is no new evidence."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._correct: dict[str, dict[int, bool]] = {}
+
+    def note(self, image: int, version: str, *, correct: bool) -> None:
+        """Remember a version's first answer to an image."""
+        with self._lock:
+            self._correct.setdefault(version, {}).setdefault(image, correct)
+
+    def paired(self, champion: Version | None, challenger: Version) -> Paired:
+        """The images both answered; without a champion all that the challenger answered."""
+        with self._lock:
+            ours = dict(self._correct.get(str(challenger), {}))
+            theirs = dict(self._correct.get(str(champion), {})) if champion else ours
+        answers = [(theirs[image], correct) for image, correct in ours.items() if image in theirs]
+        return Paired(
+            pairs=len(answers),
+            losses=answers.count((True, False)),
+            wins=answers.count((False, True)),
+            both=answers.count((True, True)),
+        )
+
+
 class Replayer:
     """Sends probes in the background while it is entered. Open loop: a slow answer does not slow the next request,
     up to `settings.concurrency` requests in flight; beyond it the beat is skipped."""
@@ -40,7 +68,7 @@ class Replayer:
         self._probes = probes
         self._settings = settings
         self._lock = threading.Lock()
-        self._tallies: dict[str, Probes] = {}
+        self._answers = LabelledAnswers()
         self._failures: list[str] = []
         self._failed = 0
         self._sent = 0
@@ -72,10 +100,9 @@ class Replayer:
         with self._lock:
             return tuple(self._failures)
 
-    def tallies(self) -> dict[str, Probes]:
-        """Answered and correct probes so far, by model version."""
-        with self._lock:
-            return dict(self._tallies)
+    def paired(self, champion: Version | None, challenger: Version) -> Paired:
+        """What both versions answered so far."""
+        return self._answers.paired(champion, challenger)
 
     async def _run(self) -> None:
         gap = 1.0 / self._settings.rate_per_s
@@ -84,16 +111,16 @@ class Replayer:
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as tasks:
             due = loop.time()
-            for probe in itertools.cycle(self._probes):
+            for image, probe in itertools.cycle(enumerate(self._probes)):
                 if self._stop.is_set():
                     break
                 if not slots.locked():
                     await slots.acquire()
-                    tasks.create_task(self._send(session, slots, probe))
+                    tasks.create_task(self._send(session, slots, image, probe))
                 due = max(due + gap, loop.time() - gap)
                 await asyncio.sleep(max(0.0, due - loop.time()))
 
-    async def _send(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, probe: Probe) -> None:
+    async def _send(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, image: int, probe: Probe) -> None:
         self._sent += 1
         try:
             async with session.post(self._url, data=probe.body, headers=_HEADERS) as answer:
@@ -101,16 +128,12 @@ class Replayer:
                     self._note_failure(f"HTTP {answer.status}: {(await answer.text())[:200]}")
                 elif answer.status == 200:
                     body = await answer.json()
-                    self._note_answer(str(body["model_version"]), body["class"] == probe.label)
+                    right = body["class"] == probe.label
+                    self._answers.note(image, str(body["model_version"]), correct=right)
         except (aiohttp.ClientError, TimeoutError) as error:
             self._note_failure(f"{type(error).__name__}: {error}")
         finally:
             slots.release()
-
-    def _note_answer(self, version: str, correct: bool) -> None:
-        with self._lock:
-            seen = self._tallies.get(version, Probes())
-            self._tallies[version] = Probes(seen.answered + 1, seen.correct + int(correct))
 
     def _note_failure(self, sentence: str) -> None:
         with self._lock:

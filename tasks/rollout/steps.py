@@ -18,7 +18,7 @@ from tasks.rollout import gate as champion_gate
 from tasks.rollout import holdout
 from tasks.rollout.journal import utc_now
 from tasks.rollout.paired import Pairs, pair
-from tasks.rollout.procedure import Aliases, Rollout, Tallies, step_label
+from tasks.rollout.procedure import Aliases, Labels, Rollout, step_label
 from tasks.rollout.verdict import GateReading, Verdict
 
 
@@ -100,10 +100,10 @@ def deploy_canary(rollout: Rollout) -> None:
 
 
 @task(name="canary-step", task_run_name="canary-{weight:.0%}", cache_policy=NO_CACHE, timeout_seconds=24 * 3600)
-def canary_step(rollout: Rollout, weight: float, tallies: Tallies) -> Verdict:
+def canary_step(rollout: Rollout, weight: float, labels: Labels) -> Verdict:
     """One share of the traffic (0: mirrored only), judged."""
     report("canary", "running", f"{step_label(weight)}: judging")
-    verdict = rollout.run_step(weight, tallies)
+    verdict = rollout.run_step(weight, labels)
     _say(verdict)
     return verdict
 
@@ -115,9 +115,9 @@ def first_deploy(rollout: Rollout) -> None:
 
 
 @task(name="smoke-test", cache_policy=NO_CACHE, timeout_seconds=3600)
-def smoke_test(rollout: Rollout, tallies: Tallies, floor: float) -> Verdict:
+def smoke_test(rollout: Rollout, labels: Labels, floor: float) -> Verdict:
     """Judge the first version on labelled probes."""
-    verdict = rollout.judge_first(tallies, floor)
+    verdict = rollout.judge_first(labels, floor)
     _say(verdict)
     return verdict
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from configs.errors import ExternalError, SafetyError
 from ml.version import Version
 from tasks.cluster import ClusterStatus, ReplicaStatus, Track, TrackCounters
-from tasks.rollout.evidence import Probes
+from tasks.rollout.verdict import Paired
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -35,6 +35,7 @@ class Served:
     since: datetime
     answered: float = 0.0
     mirrored: float = 0.0
+    broken: float = 0.0
 
 
 @dataclass
@@ -54,6 +55,7 @@ class MemoryCluster:
     replicas: dict[Track, int] = field(default_factory=dict)
     most_replicas: int = 8
     blind: bool = False
+    canary_breaks_at: float = math.inf
 
     # Time -------------------------------------------------------------------------------------------------------
 
@@ -71,6 +73,8 @@ class MemoryCluster:
             answered = self.weights.get(track, 0.0) * self.rate_per_s * seconds
             self.answered[version] = self.answered.get(version, 0.0) + answered
             self._served(track).answered += answered
+            if track is Track.canary and self.time_s > self.canary_breaks_at:
+                self._served(track).broken += answered
             self._served(track).mirrored += self.mirror.get(track, 0.0) * self.rate_per_s * seconds
 
     # The Protocol -----------------------------------------------------------------------------------------------
@@ -143,10 +147,12 @@ class MemoryCluster:
 
     # Inside -----------------------------------------------------------------------------------------------------
 
-    def tallies(self) -> dict[str, Probes]:
-        return {
-            str(version): Probes(int(n), int(n * self._of(version).accuracy)) for version, n in self.answered.items()
-        }
+    def paired(self, champion: Version | None, challenger: Version) -> Paired:
+        """Labelled images that both answered; where only one is right it is the one that is right more often."""
+        pairs = int(min(self.answered.get(v, 0) for v in (champion, challenger) if v is not None))
+        theirs = self._of(champion).accuracy if champion else self._of(challenger).accuracy
+        right, before = int(pairs * self._of(challenger).accuracy), int(pairs * theirs)
+        return Paired(pairs, max(0, before - right), max(0, right - before), min(right, before))
 
     def _of(self, version: Version) -> Behaviour:
         return self.behaviours.setdefault(version, Behaviour())
@@ -157,7 +163,7 @@ class MemoryCluster:
     def _counters(self, track: Track, version: Version) -> TrackCounters:
         how, served = self._of(version), self._served(track)
         n, shadow = int(served.answered), int(served.mirrored)
-        failed, errors = int(shadow * how.errors), int(n * how.errors)
+        failed, errors = int(shadow * how.errors), int(n * how.errors) + int(served.broken)
         told = _mix(shadow - failed, self._of(self.versions.get(Track.stable, version)).classes)
         classes = _mix(n - errors, how.classes)
         return TrackCounters(

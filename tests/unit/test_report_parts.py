@@ -16,7 +16,7 @@ from tasks.report import charts, pictures, svg, tables, words
 from tasks.report.model import CanaryLook, TimelineEvent, VersionCounters
 from tasks.report.render import render_html
 from tasks.report.views import traffic_view
-from tasks.rollout.policy import Decision, GateReading, Verdict
+from tasks.rollout.verdict import Decision, GateReading, Verdict
 from tests.support import report_example as example
 
 EXAMPLES = example.examples()

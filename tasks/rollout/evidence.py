@@ -1,44 +1,39 @@
-"""From the gateway's running counters to the judge's evidence: what was added since the rollout began. Pure."""
+"""From the running totals of the gateway's counters to the judge's evidence. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from tasks.cluster import TrackCounters
-from tasks.rollout.policy import Evidence
+from tasks.cluster.meter import Meter
+from tasks.rollout.verdict import Evidence
+
+__all__ = ["Meter", "above", "evidence", "quantile"]  # the rollout's one door to the cluster's counters
 
 
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Labelled requests that one version answered, and how many it got right."""
+def evidence(totals: TrackCounters | None, objective_ms: float) -> Evidence:
+    """What a `Meter` has counted of one track, as the judge reads it; None (no such track) has seen nothing.
 
-    answered: int = 0
-    correct: int = 0
-
-
-def evidence(
-    now: TrackCounters | None, start: TrackCounters | None, probes: Probes, *, objective_ms: float
-) -> Evidence:
-    """What was counted between `start` and `now`. A counter that began anew since `start` counts in full."""
-    if now is None:
-        return Evidence(probes=probes.answered, probes_correct=probes.correct)
-    same = start is not None and start.since == now.since
-    base = start if same else None
-    latency = _minus(now.latency_ms, base.latency_ms if base else {})
-    shadow = _minus(now.shadow_latency_ms, base.shadow_latency_ms if base else {})
+    Slow is what took longer than `objective_ms`; see `above` for an objective between two buckets.
+    """
+    if totals is None:
+        return Evidence()
     return Evidence(
-        requests=now.requests - (base.requests if base else 0),
-        errors=now.errors - (base.errors if base else 0),
-        slow=above(latency, objective_ms),
-        probes=probes.answered,
-        probes_correct=probes.correct,
-        shadow_pairs=now.shadow_pairs - (base.shadow_pairs if base else 0),
-        shadow_differ=now.shadow_differ - (base.shadow_differ if base else 0),
-        shadow_errors=now.shadow_errors - (base.shadow_errors if base else 0),
-        shadow_slow=above(shadow, objective_ms),
-        p50_ms=quantile(latency, 0.5),
-        p99_ms=quantile(latency, 0.99),
+        requests=totals.requests,
+        errors=totals.errors,
+        slow=above(totals.latency_ms, objective_ms),
+        predictions=totals.predictions,
+        ood=totals.ood,
+        classes=totals.classes,
+        latency=totals.latency_ms,
+        shadow_pairs=totals.shadow_pairs,
+        shadow_differ=totals.shadow_differ,
+        shadow_errors=totals.shadow_errors,
+        shadow_slow=above(totals.shadow_latency_ms, objective_ms),
+        shadow_latency=totals.shadow_latency_ms,
+        shadow_by_class=totals.shadow_by_class,
+        p50_ms=quantile(totals.latency_ms, 0.5),
+        p99_ms=quantile(totals.latency_ms, 0.99),
     )
 
 
@@ -68,7 +63,3 @@ def quantile(buckets: Mapping[float, int], q: float) -> float | None:
             return lower + (bound - lower) * (rank - below) / (count - below)
         lower, below = bound, count
     return lower
-
-
-def _minus(now: Mapping[float, int], start: Mapping[float, int]) -> dict[float, int]:
-    return {bound: count - start.get(bound, 0) for bound, count in now.items()}

@@ -187,6 +187,8 @@ def metrics(node: NodeProcess) -> list[str]:
 def test_the_metrics_are_prometheus_text(node):
     from prometheus_client.parser import text_string_to_metric_families
 
+    from tasks.cluster.exposition import read_gateway
+
     node.predict()
     families = {family.name: family for family in text_string_to_metric_families("\n".join(metrics(node)) + "\n")}
     [served] = [
@@ -195,6 +197,7 @@ def test_the_metrics_are_prometheus_text(node):
     buckets = [s for s in families["gateway_request_duration_seconds"].samples if s.labels.get("track") == "stable"]
     assert served.labels["version"] == "v1.0.0"
     assert {s.value for s in buckets if s.name.endswith("_count")} >= {served.value}
+    eventually(lambda: read_gateway("\n".join(metrics(node)) + "\n") == node.client.counters())
     assert {s.labels["track"]: s.value for s in families["gateway_track_weight"].samples}["stable"] == 1.0
 
 

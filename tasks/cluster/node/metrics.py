@@ -16,8 +16,15 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 def render(ledger: Iterable[Counters], fleet: Fleet, router: Router, gateway: Gateway) -> str:
     """One scrape."""
-    lines = [*_requests(ledger), *_predictions(ledger), *_shadow(ledger), *_tracks(fleet, router), *_gateway(gateway)]
+    lines = [*tallies(ledger), *_tracks(fleet, router), *_gateway(gateway)]
     return "\n".join(lines) + "\n"
+
+
+def tallies(ledger: Iterable[Counters]) -> Iterable[str]:
+    """The lines of what was counted, by track and version; `tasks.cluster.exposition` reads them."""
+    yield from _requests(ledger)
+    yield from _predictions(ledger)
+    yield from _shadow(ledger)
 
 
 def _requests(ledger: Iterable[Counters]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from configs.errors import ExternalError
 from ml.objects import ObjectStore
 from ml.version import Version
-from tasks.cluster import Track
+from tasks.cluster import Track, TrackCounters
+from tasks.cluster.exposition import read_replica
+from tasks.cluster.meter import minus
 from tests.support.node import NodeProcess, Traffic, eventually, running_node
 from tests.support.registry import Shelf
 from tests.support.replica import photo
@@ -85,6 +88,27 @@ def test_a_model_that_was_changed_in_the_store_is_refused_and_the_reason_is_told
     assert not caught.value.retryable
     assert served.node.predict(photo()).status_code == 200
     cluster.remove(CANARY)
+
+
+def test_the_gateway_counts_the_classes_that_the_replica_names(served):
+    node = served.node
+    node.client.rollback(V1, 1)
+    eventually(lambda: len(node.client.status().replicas) == 1, 20)
+    [replica] = node.client.status().replicas
+
+    def counted() -> tuple[TrackCounters, TrackCounters]:
+        text = node.users.get(f"http://{replica.address}/metrics").text
+        return node.client.counters()[STABLE], read_replica(text)
+
+    before = counted()
+    answers = [node.predict(photo(seed)).json() for seed in range(8)]
+    gateway, itself = (minus(after, earlier) for after, earlier in zip(counted(), before, strict=True))
+    named = Counter(answer["class"] for answer in answers)
+    assert {name: count for name, count in gateway.classes.items() if count} == named
+    assert {name: count for name, count in itself.classes.items() if count} == named
+    strange = sum(not answer["is_leaf"] for answer in answers)
+    assert (gateway.predictions, gateway.ood, itself.predictions, itself.ood) == (8, strange, 8, strange)
+    assert (gateway.requests, itself.requests, gateway.errors, itself.errors) == (8, 8, 0, 0)
 
 
 def test_questions_about_the_model_are_answered_by_stable(served):

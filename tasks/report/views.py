@@ -49,9 +49,9 @@ _HOLDOUT: Mapping[str, Shape] = {
     "parity": ("Difference from the trained model", "score", "at_most"),
     "latency": ("Time for one image", "ms", "at_most"),
     "size": ("Size of the model", "bytes", "at_most"),
-    "accuracy vs champion": ("Accuracy lost to the champion", "share", "at_most"),
+    "accuracy vs champion": ("Accuracy against the champion", "share", "at_least"),
     "accuracy by chance": ("Accuracy: loss explained by chance", "score", "at_least"),
-    "missed disease vs champion": ("Missed disease added to the champion's", "share", "at_most"),
+    "missed disease vs champion": ("Missed disease against the champion", "share", "at_most"),
     "missed disease by chance": ("Missed disease: loss explained by chance", "score", "at_least"),
     "holdout reuse": ("Releases decided on this holdout", "count", "at_most"),
 }

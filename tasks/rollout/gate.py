@@ -175,25 +175,44 @@ def against_champion(pairs: Pairs, limits: GateSettings) -> list[GateReading]:
     `shown_not_worse` it must prove that it loses less than the margin (non-inferiority, on the 95 % interval).
     """
     accuracy = compare(pairs.challenger_right, pairs.champion_right, pairs.group)
-    readings = _judge_paired("accuracy", accuracy, limits.accuracy_margin, limits)
+    readings = _judge_paired(_ACCURACY, accuracy, limits.accuracy_margin, limits)
     sick = pairs.diseased
     if sick.any():
         caught = compare(pairs.challenger_caught[sick], pairs.champion_caught[sick], pairs.group[sick])
-        readings += _judge_paired("missed disease", caught, limits.missed_disease_margin, limits)
+        readings += _judge_paired(_MISSED, caught, limits.missed_disease_margin, limits)
     return readings
 
 
-def _judge_paired(name: str, found: Comparison, margin: float, limits: GateSettings) -> list[GateReading]:
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """How a comparison is told: as a rate of right answers (`sign` 1) or of wrong ones (-1)."""
+
+    name: str
+    images: str
+    sign: int
+
+    def rate(self, found: Comparison, difference: float) -> float:
+        """The rate of a challenger whose share of right answers differs by `difference` from the champion's."""
+        right = min(1.0, max(0.0, found.champion_share + difference))
+        return right if self.sign > 0 else 1.0 - right
+
+
+_ACCURACY = _Measure("accuracy", "images", 1)
+_MISSED = _Measure("missed disease", "diseased images", -1)
+
+
+def _judge_paired(measure: _Measure, found: Comparison, margin: float, limits: GateSettings) -> list[GateReading]:
     must_show = limits.comparison == "shown_not_worse"
-    worst = 0.0 - (found.low if must_show else found.difference)  # no negative zero
-    sentence = f"{_told(name, found)}; a loss of {_points(margin)} is allowed"
+    judged = found.low if must_show else found.difference
+    sentence = f"{_told(measure, found)}; a loss of {100 * margin:.1f} points is allowed"
     if must_show:
-        sentence += f", and {_points(max(0.0, worst))} cannot be ruled out"
-    margin_kept = GateReading(
-        f"{name} vs champion", worst, margin, found.images, worst <= margin, sentence,
-        low=0.0 - found.high, high=0.0 - found.low,
+        sentence += f", and {100 * max(0.0, -judged):.1f} cannot be ruled out"
+    ends = sorted((measure.rate(found, found.low), measure.rate(found, found.high)))
+    kept = GateReading(
+        f"{measure.name} vs champion", measure.rate(found, judged), measure.rate(found, -margin), found.images,
+        judged >= -margin, sentence, low=ends[0], high=ends[1], reference=measure.rate(found, 0.0),
     )  # fmt: skip
-    return [margin_kept] if must_show else [margin_kept, _chance(name, found, limits.significance)]
+    return [kept] if must_show else [kept, _chance(measure.name, found, limits.significance)]
 
 
 def _chance(name: str, found: Comparison, significance: float) -> GateReading:
@@ -204,25 +223,20 @@ def _chance(name: str, found: Comparison, significance: float) -> GateReading:
     return GateReading(f"{name} by chance", found.p_worse, significance, differing, kept, sentence)
 
 
-def _told(name: str, found: Comparison) -> str:
-    """What happened image by image; for the missed-disease rate, a share of wrong answers, with its own sign."""
-    ours, theirs, low, high, images = found.challenger_share, found.champion_share, found.low, found.high, "images"
-    if name == "missed disease":
-        ours, theirs, low, high, images = 1 - ours, 1 - theirs, -high, -low, "diseased images"
+def _told(measure: _Measure, found: Comparison) -> str:
+    """What happened image by image, in the measure's own sign."""
+    ours, theirs = measure.rate(found, found.difference), measure.rate(found, 0.0)
+    low, high = sorted((measure.sign * found.low, measure.sign * found.high))
     return (
-        f"{name} {ours:.1%} against the champion's {theirs:.1%}: lost {found.lost:,} and won {found.won:,} of "
-        f"{found.images:,} {images}; difference {_signed(ours - theirs)} points (95 % {_signed(low)} to "
-        f"{_signed(high)}), McNemar p = {_p(found.p_differs)}"
+        f"{measure.name} {ours:.1%} against the champion's {theirs:.1%}: lost {found.lost:,} and won {found.won:,} of "
+        f"{found.images:,} {measure.images}; difference {_signed(measure.sign * found.difference)} points "
+        f"(95 % {_signed(low)} to {_signed(high)}), McNemar p = {_p(found.p_differs)}"
     )
 
 
 def _signed(share: float) -> str:
     text = f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
     return "0.0" if text[1:] == "0.0" else text
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f} points"
 
 
 def _p(value: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -57,8 +57,7 @@ def pairs(lost: int, won: int, both: int, neither: int = 0, *, diseased: bool = 
 
 
 def judged(seen: Pairs, **limits: object) -> Verdict:
-    settings = LIMITS.model_copy(update=limits)
-    return gate(evaluation(), exported(), evaluation(), settings, pairs=seen)
+    return gate(evaluation(), exported(), evaluation(), LIMITS.model_copy(update=limits), pairs=seen)
 
 
 def reading(verdict: Verdict, name: str) -> GateReading:
@@ -161,6 +160,18 @@ def test_the_sentence_tells_what_happened_image_by_image() -> None:
     )
 
 
+def test_a_reading_carries_rates_with_the_champion_for_reference() -> None:
+    verdict = judged(pairs(14, 9, 1100, 77))
+    right, missed = reading(verdict, "accuracy vs champion"), reading(verdict, "missed disease vs champion")
+    assert (right.value, right.reference) == (pytest.approx(1109 / 1200), pytest.approx(1114 / 1200))
+    assert right.limit == pytest.approx(1114 / 1200 - LIMITS.accuracy_margin)
+    assert missed.value == pytest.approx(1 - right.value)
+    assert missed.limit == pytest.approx(1 - 1114 / 1200 + LIMITS.missed_disease_margin)
+    for r in (right, missed):
+        assert r.low is not None and r.high is not None
+        assert 0 <= r.low < r.value < r.high <= 1
+
+
 def test_a_loss_beyond_the_margin_fails_even_when_it_may_be_chance() -> None:
     verdict = judged(pairs(6, 3, 91))
     assert verdict.decision is Decision.rollback
@@ -198,6 +209,7 @@ def test_without_a_healthy_class_nothing_is_said_about_missed_disease() -> None:
     assert names == {"accuracy vs champion", "accuracy by chance"}
 
 
+@settings(max_examples=50)
 @given(right=st.lists(st.booleans(), min_size=1, max_size=60), seed=st.integers(0, 99))
 def test_a_challenger_equal_to_the_champion_passes_on_any_holdout(right: list[bool], seed: int) -> None:
     answers, sick = np.array(right), np.random.default_rng(seed).random(len(right)) < 0.5
@@ -205,6 +217,7 @@ def test_a_challenger_equal_to_the_champion_passes_on_any_holdout(right: list[bo
     assert all(r.ok for r in against_champion(seen, LIMITS))
 
 
+@settings(max_examples=50)
 @given(lost=st.integers(0, 60), won=st.integers(0, 60), more=st.integers(1, 20))
 def test_losing_more_images_never_helps(lost: int, won: int, more: int) -> None:
     fewer = against_champion(pairs(lost, won, 200), LIMITS)
@@ -228,6 +241,7 @@ def test_mcnemar_of_many_images_keeps_its_digits() -> None:
     assert mcnemar(100_000, 0)[0] == 0.0
 
 
+@settings(max_examples=50)
 @given(lost=st.integers(0, 40), won=st.integers(0, 40), both=st.integers(1, 100))
 def test_exchanging_the_models_turns_the_comparison_around(lost: int, won: int, both: int) -> None:
     seen = pairs(lost, won, both)

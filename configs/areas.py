@@ -261,6 +261,37 @@ class GateSettings(Area):
     )
 
 
+class ReviewSettings(Area):
+    """Labels that arrive after a promotion: for how long they may call for a rollback, and what counts as harm."""
+
+    window_days: PositiveInt = Field(
+        default=14,
+        description="Predictions of the new version count this long after its promotion, those of the version before "
+        "it this long before.",
+    )
+    label_delay_days: NonNegativeInt = Field(
+        default=14, description="Labels of these predictions are waited for this much longer; then the review closes."
+    )
+    alpha: Share = Field(
+        default=0.05, description="Probability of calling a harmless promotion harmful, over all nights of its review."
+    )
+    accuracy_margin: Probability = Field(
+        default=0.02, description="Share of wrong answers it may have over the version before it."
+    )
+    class_margin: Probability = Field(
+        default=0.10, description="The same for the photos of each class; small groups and other weeks differ more."
+    )
+    promise_margin: Probability = Field(
+        default=0.05, description="Accuracy it may lose between the holdout and the field."
+    )
+    min_samples: PositiveInt = Field(
+        default=50, description="Labelled predictions a version needs before anything is concluded from them."
+    )
+    lookup_days: PositiveInt = Field(
+        default=60, description="An import looks for predictions in the inference log of this many days."
+    )
+
+
 class ReplaySettings(Area):
     """Traffic made from holdout images where users send too little."""
 

@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     canary: areas.CanarySettings = Field(default=areas.CanarySettings())
     judge: areas.JudgeSettings = Field(default=areas.JudgeSettings())
     gate: areas.GateSettings = Field(default=areas.GateSettings())
+    review: areas.ReviewSettings = Field(default=areas.ReviewSettings())
     replay: areas.ReplaySettings = Field(default=areas.ReplaySettings())
     data: areas.DataSettings = Field(default=areas.DataSettings())
     tracking: areas.TrackingSettings = Field(default=areas.TrackingSettings())

@@ -19,28 +19,23 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, Field, SecretStr, ValidationError
 
 from configs.areas import DatabaseSettings
-from configs.errors import ConfigError, ExternalError, IntegrityError, KhetError
+from configs.errors import ExternalError, KhetError
 from configs.settings import Settings, home
 from ml.results import Record
-
-if TYPE_CHECKING:
-    import psycopg
+from tasks.database import HIDDEN, connect, plain_text
 
 Outcome = Literal["intended", "done", "failed", "undone"]
 SCHEMA = Path(__file__).with_name("schema.sql")
 _SCHEMA_LOCK = 7_146_203  # any number: two `ensure_schema` at once wait for each other
-_STATEMENT_TIMEOUT_MS = 10_000
 _SECRET_KEY = re.compile(
     r"pass(word|wd|phrase)?$|secret|token|credential|(api|private|access)_?key|^dsn$|^auth$|auth_?string|authorization",
     re.IGNORECASE,
 )
-_SECRET_TEXT = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+@|(?P<word>password=)\S+", re.IGNORECASE)
-_HIDDEN = "**********"
 _log = logging.getLogger(__name__)
 
 
@@ -111,12 +106,12 @@ class AuditLog:
         """
         entry = AuditRecord(
             at=self._now(),
-            actor=_plain(actor),
-            action=_plain(action),
-            subject=_plain(subject),
+            actor=plain_text(actor),
+            action=plain_text(action),
+            subject=plain_text(subject),
             plan=redact(dict(plan)),
             outcome=outcome,
-            detail=_plain(detail),
+            detail=plain_text(detail),
             run_id=run_id,
         )
         with self._locked():
@@ -239,7 +234,7 @@ class AuditLog:
             (e.id, e.at, e.actor, e.action, e.subject, json.dumps(e.plan), e.outcome, e.detail, e.run_id)
             for e in entries
         ]
-        with _connect(self._database) as connection, connection.cursor() as cursor:
+        with connect(self._database, "audit_log") as connection, connection.cursor() as cursor:
             cursor.executemany(statement, rows)
 
     def _select(self, n: int) -> list[AuditRecord]:
@@ -248,7 +243,7 @@ class AuditLog:
             "ORDER BY at DESC, stored_at DESC LIMIT %s"
         )
         names = list(AuditRecord.model_fields)
-        with _connect(self._database) as connection:
+        with connect(self._database, "audit_log") as connection:
             rows = connection.execute(statement, [max(n, 0)]).fetchall()
         return [AuditRecord.model_validate(dict(zip(names, row, strict=True))) for row in reversed(rows)]
 
@@ -261,7 +256,7 @@ def ensure_schema(dsn: str, connect_timeout_s: int = 5) -> None:
         ExternalError: the database does not answer.
     """
     database = DatabaseSettings(dsn=SecretStr(dsn), connect_timeout_s=connect_timeout_s)
-    with _connect(database) as connection:
+    with connect(database, "audit_log") as connection:
         connection.execute("SELECT pg_advisory_xact_lock(%s)", [_SCHEMA_LOCK])
         connection.execute(SCHEMA.read_bytes())
 
@@ -271,53 +266,21 @@ def redact(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return redact(value.model_dump())
     if isinstance(value, Mapping):
-        return {_plain(str(key)): _redact_under(str(key), inner) for key, inner in value.items()}
+        return {plain_text(str(key)): _redact_under(str(key), inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [redact(inner) for inner in value]
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else str(value)  # JSON has no NaN
-    return _plain(str(value))
+    return plain_text(str(value))
 
 
 def _redact_under(key: str, value: Any) -> Any:
     hidden = value is not None and not isinstance(value, (bool, Mapping)) and _SECRET_KEY.search(key)
-    return _HIDDEN if hidden else redact(value)
-
-
-def _plain(text: str) -> str:
-    """Passwords in addresses are hidden; what Postgres cannot store (NUL, half characters) is replaced."""
-    hidden = _SECRET_TEXT.sub(lambda m: f"{m['head'] or m['word']}{_HIDDEN}{'@' if m['head'] else ''}", text)
-    return hidden.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+    return HIDDEN if hidden else redact(value)
 
 
 def _cut_short(handle: int) -> bool:
     size = os.fstat(handle).st_size
     return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-
-
-@contextlib.contextmanager
-def _connect(database: DatabaseSettings) -> Iterator[psycopg.Connection[Any]]:
-    """A connection with time limits; committed at the end. psycopg's exceptions end here."""
-    import psycopg
-
-    if database.dsn is None:
-        raise ConfigError("database.dsn is not set. Next: `khet up`, or set KHET_DATABASE__DSN.")
-    dsn = database.dsn.get_secret_value()
-    limits = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c lock_timeout={_STATEMENT_TIMEOUT_MS}"
-    try:
-        own = psycopg.conninfo.conninfo_to_dict(dsn).get("options") or ""
-        with psycopg.connect(
-            dsn, connect_timeout=database.connect_timeout_s, options=f"{own} {limits}".strip()
-        ) as connection:
-            yield connection
-    except psycopg.ProgrammingError as error:
-        raise IntegrityError(f"audit_log cannot be used: {_first_line(error)}. Next: `khet up` makes it.") from None
-    except psycopg.Error as error:
-        # Not chained: a connection error may quote the connection string.
-        raise ExternalError(f"PostgreSQL did not take it: {_first_line(error)}. Next: `khet status`.") from None
-
-
-def _first_line(error: Exception) -> str:
-    return _plain(str(error).strip().partition("\n")[0])

@@ -202,7 +202,7 @@ class Postgres:
                     _ensure_database(admin, name, self.site.password(name))
         except psycopg.Error as error:
             raise ExternalError(f"postgres: role and database could not be created: {error}") from error
-        _ensure_audit_schema(self.site.dsn())
+        _ensure_schemas(self.site.dsn())
 
     def _initdb(self, binaries: Binaries, guise: Guise) -> None:
         """Build the cluster beside its place and move it there when it is whole."""
@@ -315,10 +315,9 @@ def _ensure_database(admin: psycopg.Connection, name: str, password: str) -> Non
     admin.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(role))
 
 
-def _ensure_audit_schema(dsn: str) -> None:
-    if importlib.util.find_spec("tasks.audit") is not None:
-        audit = importlib.import_module("tasks.audit")
-        audit.ensure_schema(dsn)
+def _ensure_schemas(dsn: str) -> None:
+    for name in ("tasks.audit", "tasks.feedback.store"):
+        importlib.import_module(name).ensure_schema(dsn)
 
 
 def server_processes(cluster: Path) -> list[Identity]:

@@ -20,12 +20,12 @@ from ml.results import Evaluation, ExportResult, ModelMetadata, TrainResult
 from ml.version import Version
 from tasks.datasets.steps import check_data
 from tasks.registry.steps import Publication, fetch_version, publish
-from tasks.rollout import holdout
 from tasks.rollout.gate import comparable
+from tasks.rollout.holdout import Ledger, Scored
 from tasks.rollout.journal import ReleaseRecord, utc_now
 from tasks.rollout.procedure import plan_rollout
 from tasks.rollout.replay import Probe
-from tasks.rollout.steps import Scored, gate
+from tasks.rollout.steps import gate
 from tasks.rollout.verdict import Decision, Verdict
 from tasks.training.steps import evaluate, evaluate_champion, export, train
 
@@ -161,8 +161,8 @@ def _publish(session: ReleaseSession, candidate: Candidate) -> Candidate:
     version = session.run("publish", publish, session.id, publication)
     session.change(version=str(version))
     session.audit("publish", str(version), "done")
-    store, bucket = session.systems.store, session.systems.bucket
-    holdout.name_version(store, bucket, candidate.evaluation.holdout_hash, session.id, str(version))
+    ledger = Ledger(session.systems.store, session.systems.bucket)
+    ledger.name_version(candidate.evaluation.holdout_hash, session.id, str(version))
     return dataclasses.replace(candidate, version=version)
 
 

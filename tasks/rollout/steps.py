@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from configs.settings import settings
 from ml.objects import ObjectStore
-from ml.predictions import Predictions
-from ml.results import Evaluation, ExportResult
+from ml.results import ExportResult
 from tasks.prefect_support import RETRY_DELAYS, retry_external, show_table
 from tasks.progress import report
-from tasks.rollout import gate as champion_gate
-from tasks.rollout import holdout
-from tasks.rollout.journal import utc_now
-from tasks.rollout.paired import Pairs, pair
+from tasks.rollout.holdout import Ledger, Scored
 from tasks.rollout.procedure import Aliases, Labels, Rollout, step_label
 from tasks.rollout.verdict import GateReading, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A model's scores on the holdout, and the file with its single answers."""
-
-    evaluation: Evaluation
-    predictions: Path
 
 
 @task(
@@ -54,35 +39,11 @@ def gate(
         ExternalError: the object store, where uses are counted, is away.
     """
     current = settings()
-    store, bucket = ObjectStore(current.object_store), current.object_store.models_bucket
-    evaluation = challenger.evaluation
-    uses = holdout.deciders(store, bucket, evaluation.holdout_hash) | {release_id}
-    verdict = champion_gate.gate(
-        evaluation,
-        exported,
-        champion.evaluation if champion else None,
-        current.gate,
-        pairs=_pairs(challenger, champion, healthy),
-        holdout_uses=len(uses),
-    )
-    use = holdout.HoldoutUse(
-        release_id=release_id,
-        decided_at=utc_now(),
-        decision=verdict.decision.value,
-        model_sha256=exported.sha256,
-        version=version,
-    )
-    holdout.record_use(store, bucket, evaluation.holdout_hash, use)
+    ledger = Ledger(ObjectStore(current.object_store), current.object_store.models_bucket)
+    verdict = ledger.decide(release_id, challenger, exported, champion, healthy, current.gate, version)
     show_table(f"gate-{release_id}", table(verdict.readings), "Champion's gate")
     _say(verdict)
     return verdict
-
-
-def _pairs(challenger: Scored, champion: Scored | None, healthy: tuple[str, ...]) -> Pairs | None:
-    """Both models' answers side by side; None where they cannot be compared."""
-    if champion is None or not champion_gate.comparable(challenger.evaluation, champion.evaluation):
-        return None
-    return pair(Predictions.read(challenger.predictions), Predictions.read(champion.predictions), healthy)
 
 
 @task(

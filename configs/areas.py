@@ -224,6 +224,35 @@ class JudgeSettings(Area):
         return values | {name: defaults[name].model_dump() | given for name, given in partial.items()}
 
 
+class Harm(Area):
+    """A rate as it usually is, and as it must not become unnoticed."""
+
+    usual: Probability = Field(description="What the champion does, and a healthy canary too.")
+    harm: Probability = Field(description="What a rollout is expected to see before it ends.")
+
+
+class TailHarm(Area):
+    """The same for the slowest answers."""
+
+    usual: PositiveFloat = Field(description="The champion's quantile of latency (judge.tail.quantile) in ms.")
+    harm: PositiveFloat = Field(description="The harmful canary's, in ms.")
+
+
+class HarmSettings(Area):
+    """The harm that `khet canary plan` plans for, gate by gate. The judge itself knows only its margins."""
+
+    errors: Harm = Field(default=Harm(usual=0.005, harm=0.05), description="Requests that end in an error.")
+    slow: Harm = Field(default=Harm(usual=0.01, harm=0.25), description="Answers over the latency objective.")
+    tail_ms: TailHarm = Field(default=TailHarm(usual=100.0, harm=1500.0), description="The slowest answers.")
+    ood: Harm = Field(default=Harm(usual=0.02, harm=0.30), description="Answers that say: this is no leaf.")
+    disagreement: Harm = Field(default=Harm(usual=0.08, harm=0.60), description="Other answers than the champion's.")
+    class_disagreement: Harm = Field(
+        default=Harm(usual=0.08, harm=0.95), description="The same for one class of the champion's answers."
+    )
+    class_mix: Harm = Field(default=Harm(usual=0.125, harm=0.50), description="One class's share of the answers.")
+    accuracy: Harm = Field(default=Harm(usual=0.96, harm=0.85), description="Right answers to labelled images.")
+
+
 class GateSettings(Area):
     """What a challenger must show on the holdout before it meets any traffic."""
 

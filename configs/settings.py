@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     cluster: areas.ClusterSettings = Field(default=areas.ClusterSettings())
     canary: areas.CanarySettings = Field(default=areas.CanarySettings())
     judge: areas.JudgeSettings = Field(default=areas.JudgeSettings())
+    harms: areas.HarmSettings = Field(default=areas.HarmSettings())
     gate: areas.GateSettings = Field(default=areas.GateSettings())
     review: areas.ReviewSettings = Field(default=areas.ReviewSettings())
     replay: areas.ReplaySettings = Field(default=areas.ReplaySettings())

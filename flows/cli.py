@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Import and list training data.")
 app.add_typer(data_app, name="data")
+canary_app = typer.Typer(no_args_is_help=True, help="What a canary can see.")
+app.add_typer(canary_app, name="canary")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -170,6 +172,56 @@ def release(
         {"config": config, "data": data, "version": version, "dry_run": dry_run, "resume": resume, "ask": ask},
         as_json=as_json,
     )
+
+
+@canary_app.command("plan")
+def canary_plan(
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Requests/s at the gateway. Empty: measured, where a stack runs.")
+    ] = None,
+    labelled_rate: Annotated[
+        float | None, typer.Option("--labelled-rate", help="Those of them that are labelled photos. Empty: replay.*")
+    ] = None,
+    error_rate: Annotated[
+        float | None, typer.Option("--error-rate", help="Usual share of errors; short for --usual errors=…")
+    ] = None,
+    usual: Annotated[
+        list[str] | None, typer.Option("--usual", help="NAME=RATE as it usually is (repeatable; names: harms.*).")
+    ] = None,
+    harm: Annotated[
+        list[str] | None, typer.Option("--harm", help="NAME=RATE that has to be seen (repeatable; names: harms.*).")
+    ] = None,
+    steps: Annotated[str | None, typer.Option("--steps", help="Shares of traffic: 0.05,0.25,0.5")] = None,
+    min_samples: Annotated[int | None, typer.Option("--min-samples", help="Canary requests a step.")] = None,
+    shadow_requests: Annotated[int | None, typer.Option("--shadow-requests", help="Mirrored requests.")] = None,
+    deadline: Annotated[int | None, typer.Option("--deadline", help="Seconds a step may take.")] = None,
+    classes: Annotated[int, typer.Option("--classes", min=0, help="Classes both versions know; 0: others.")] = 8,
+    baseline: Annotated[
+        bool | None, typer.Option("--baseline/--no-baseline", help="Compare with a track as large as the canary.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what each gate needs to see a stated harm, and which steps would see it. Exits 3 when they cannot decide.
+
+    Example: khet canary plan --rate 80 --harm errors=0.02
+    """
+    from flows.commands import canary
+
+    asked = canary.Asked(
+        rate=rate,
+        labelled_rate=labelled_rate,
+        error_rate=error_rate,
+        usual=usual or (),
+        harm=harm or (),
+        steps=steps,
+        min_samples=min_samples,
+        shadow_requests=shadow_requests,
+        deadline_s=deadline,
+        classes=classes,
+        baseline=baseline,
+    )
+    if not canary.plan(asked, as_json=as_json):
+        raise typer.Exit(3)
 
 
 @app.command()

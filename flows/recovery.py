@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
-from typing import Any
 
 import psutil
 
@@ -16,7 +14,6 @@ from tasks.cluster import Track
 from tasks.lease import Lease, break_lease, holder, is_held
 from tasks.rollout import journal as journals
 from tasks.rollout.journal import Journal, Process, ReleaseRecord
-from tasks.rollout.procedure import Look
 
 # Process start times are read in clock ticks of 10 ms; two readings of one process agree within that.
 CLOCK_TICKS_S = 0.02
@@ -132,20 +129,6 @@ def _audited(systems: Systems, record: ReleaseRecord, sentence: str) -> str:
         run_id=record.release_id,
     )
     return sentence
-
-
-def look_to_json(look: Look) -> dict[str, Any]:
-    """A look as the record keeps it."""
-    return {
-        "at": look.at.isoformat(),
-        "step": look.step,
-        "weight": look.weight,
-        "canary": dataclasses.asdict(look.canary),
-        "champion": dataclasses.asdict(look.champion),
-        "decision": look.verdict.decision.value,
-        "reasons": list(look.verdict.reasons),
-        "readings": [dataclasses.asdict(reading) for reading in look.verdict.readings],
-    }
 
 
 def last_reason(record: ReleaseRecord) -> str:

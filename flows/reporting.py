@@ -12,6 +12,7 @@ from configs.settings import home
 from ml.bundle import Manifest
 from tasks.prefect_support import show_link, show_markdown, show_picture, show_table
 from tasks.report import views
+from tasks.report.evidence import course
 from tasks.report.model import (
     CanaryLook,
     FileLine,
@@ -22,11 +23,11 @@ from tasks.report.model import (
     VerdictView,
     VersionCounters,
 )
-from tasks.report.pictures import timeline_png
+from tasks.report.pictures import evidence_png, timeline_png
 from tasks.report.render import render_html
-from tasks.report.tables import looks_table, markdown_image, render_markdown_card, stage_table
+from tasks.report.tables import gate_table, looks_table, markdown_image, render_markdown_card, stage_table
 from tasks.rollout.journal import PREFIX, ReleaseRecord
-from tasks.rollout.verdict import Decision, GateReading, Verdict
+from tasks.rollout.looks import last_verdict
 
 if TYPE_CHECKING:
     from flows.candidate import Candidate
@@ -56,25 +57,38 @@ def publish_report(session: ReleaseSession, candidate: Candidate | None) -> Path
     file.write_text(html, encoding="utf-8")
     store, bucket, key = session.systems.store, session.systems.bucket, report_key(session.id)
     store.put(bucket, key, html.encode(), content_type="text/html; charset=utf-8")
-    _show(report, store.presigned_get(bucket, key, LINK_DAYS * 86400))
-    if report.looks:
-        _show_timeline(session, timeline_png(report.looks))
+    drawn = _drawings(report)
+    _show(report, store.presigned_get(bucket, key, LINK_DAYS * 86400), drawn)
+    for name, (title, png) in drawn.items():
+        _show_drawing(session, name, title, png)
     return file
 
 
-def _show_timeline(session: ReleaseSession, png: bytes) -> None:
-    store, bucket, key = session.systems.store, session.systems.bucket, f"{PREFIX}{session.id}/timeline.png"
+def _drawings(report: ReleaseReport) -> dict[str, tuple[str, bytes]]:
+    """Titles and pictures of the canary by their file names; none where nothing was tried on traffic."""
+    if not report.looks:
+        return {}
+    drawn = {"timeline": ("Canary: traffic, errors and latency", timeline_png(report.looks))}
+    if found := course(report.looks, report.canary.gates if report.canary else ()):
+        drawn["evidence"] = ("Canary: evidence for harm", evidence_png(found))
+    return drawn
+
+
+def _show_drawing(session: ReleaseSession, name: str, title: str, png: bytes) -> None:
+    store, bucket, key = session.systems.store, session.systems.bucket, f"{PREFIX}{session.id}/{name}.png"
     store.put(bucket, key, png, content_type="image/png")
     address = store.presigned_get(bucket, key, LINK_DAYS * 86400)
-    show_picture(f"timeline-{session.id}", address, "Canary: traffic, errors and latency")
+    show_picture(f"{name}-{session.id}", address, title)
 
 
-def _show(report: ReleaseReport, address: str) -> None:
+def _show(report: ReleaseReport, address: str, drawn: dict[str, tuple[str, bytes]]) -> None:
     run = report.release_id
-    pictures = [markdown_image(timeline_png(report.looks), "Canary timeline")] if report.looks else []
-    show_markdown(f"release-{run}", render_markdown_card(report, pictures), report.title)
+    images = [markdown_image(png, title) for title, png in drawn.values()]
+    show_markdown(f"release-{run}", render_markdown_card(report, images), report.title)
     show_table(f"stages-{run}", [dict(row) for row in stage_table(report)], "Stages and their durations")
     show_link(f"report-{run}", address, "Open the release report", f"The whole report; valid for {LINK_DAYS} days")
+    if rows := gate_table(report):
+        show_table(f"gates-{run}", [dict(row) for row in rows], "Gates, evidence and thresholds")
     if report.looks:
         show_table(f"looks-{run}", [dict(row) for row in looks_table(report)], "Looks at the canary")
 
@@ -105,7 +119,7 @@ def build_report(session: ReleaseSession, candidate: Candidate | None) -> Releas
         evaluation=candidate.evaluation if candidate else None,
         champion_evaluation=candidate.champion_evaluation if candidate else None,
         gate=views.holdout_view(candidate.gate) if candidate else None,
-        canary=_last_verdict(record),
+        canary=live_view(record),
         looks=tuple(_look(look, record) for look in record.looks),
         events=tuple(TimelineEvent(at=e.at, text=e.text, severity=_SEVERITY[e.severity]) for e in record.events),
         lineage=manifest.lineage.model_dump(mode="json", exclude={"config"}) if manifest else {},
@@ -143,6 +157,8 @@ def _look(look: dict[str, Any], record: ReleaseRecord) -> CanaryLook:
         at=datetime.fromisoformat(look["at"]),
         step=look["step"],
         weight=look["weight"],
+        evidence=views.evidence_by_gate(look.get("evidence", {})),
+        log_threshold=look.get("log_threshold"),
         challenger=_counters(record.version or "?", look["canary"]),
         champion=_counters(record.champion, look["champion"]) if record.champion else None,
         decision=look["decision"],
@@ -156,12 +172,10 @@ def _counters(version: str, seen: dict[str, Any]) -> VersionCounters:
     )
 
 
-def _last_verdict(record: ReleaseRecord) -> VerdictView | None:
-    if not record.looks:
-        return None
-    last = record.looks[-1]
-    readings = tuple(GateReading(**reading) for reading in last["readings"])
-    return views.traffic_view(Verdict(Decision(last["decision"]), tuple(last["reasons"]), readings, {}))
+def live_view(record: ReleaseRecord) -> VerdictView | None:
+    """The last verdict on live traffic, as people read it."""
+    verdict = last_verdict(record.looks)
+    return views.traffic_view(verdict) if verdict else None
 
 
 def _pictures(candidate: Candidate | None) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from ml.version import Version
 from tasks.cluster import Track
 from tasks.lease import Lease
 from tasks.progress import report
+from tasks.rollout import looks
 from tasks.rollout.journal import Journal, Outcome, ReleaseRecord, Severity, StageRecord, StageState, utc_now
 from tasks.rollout.procedure import Clock, Labels, Look, Plan, Rollout, plan_rollout, served_version, wants_baseline
 from tasks.rollout.replay import Replayer
@@ -141,12 +142,16 @@ class ReleaseSession:
         if look.verdict.decision is Decision.wait and now - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = now
-        self._journal.change(looks=(*self.record.looks, recovery.look_to_json(look)))
+        self._journal.change(looks=looks.with_look(self.record.looks, looks.to_json(look)))
 
     def note(self, verdict: Verdict) -> Verdict:
-        """Write a step's verdict into the timeline."""
+        """Write a step's verdict into the timeline, and with all its numbers into the audit log."""
         severity: Severity = "error" if verdict.decision in (Decision.rollback, Decision.inconclusive) else "info"
-        self.say(f"{verdict.decision.value}: {'; '.join(verdict.reasons)}", severity)
+        # Before the canary is deployed there is nothing to roll back.
+        stopped = verdict.decision is Decision.rollback and self.record.intent is None
+        sentence = f"stopped: {'; '.join(verdict.reasons)}" if stopped else verdict.sentence
+        self.say(sentence, severity)
+        self.audit("judge", self.record.version or self.id, "done", detail=sentence, plan=verdict.to_json())
         return verdict
 
     @contextlib.contextmanager

@@ -195,8 +195,13 @@ def _decision_lines(looks: Sequence[CanaryLook], times: Sequence[float], x: Scal
             continue
         mood = mood_of(look.decision)
         parts.append(line(x(at), frame.top - 2, x(at), frame.y_end, f"decided {mood}"))
-        parts.append(text(x(at), frame.top - 5, _MARKS.get(look.decision, "•"), f"mark {mood}", "middle"))
+        parts.append(text(x(at), frame.top - 5, decision_mark(look.decision), f"mark {mood}", "middle"))
     return Markup("").join(parts)
+
+
+def decision_mark(decision: str) -> str:
+    """The sign of a decision."""
+    return _MARKS.get(decision, "•")
 
 
 def mood_of(decision: str) -> str:

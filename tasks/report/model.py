@@ -31,7 +31,12 @@ class StageLine(Record):
 
 
 class GateRow(Record):
-    """One gate: `value` must be `bound` `limit`. `ok` None: too few `samples` to say."""
+    """One gate: `value` must be `bound` `limit`. `ok` None: too few `samples` to say.
+
+    A gate on traffic has evidence for harm (`log_evidence`, natural logarithm of odds, None: none at all), which is
+    held against `log_threshold`; that is None for a gate that is a plain limit. `low` and `high` enclose the true
+    value. Harm in a gate that is not `critical` only stops the promotion; a `dry_run` gate is only reported.
+    """
 
     gate: str
     value: float | None
@@ -40,8 +45,19 @@ class GateRow(Record):
     samples: NonNegativeInt | None = None
     bound: Bound = "at_least"
     unit: Unit = "score"
-    champion: float | None = Field(default=None, description="The champion's value, in the same unit.")
+    champion: float | None = Field(default=None, description="The champion's or baseline's value, in the same unit.")
     note: str = ""
+    log_evidence: float | None = None
+    log_threshold: float | None = None
+    low: float | None = None
+    high: float | None = None
+    critical: bool = True
+    dry_run: bool = False
+
+    @property
+    def by_evidence(self) -> bool:
+        """Whether evidence decides it, and not a plain limit."""
+        return self.log_threshold is not None
 
 
 class VerdictView(Record):
@@ -56,9 +72,9 @@ class VerdictView(Record):
 class VersionCounters(Record):
     """What one version did since the rollout began. Latencies are None before the first answer.
 
-    `errors` are 5xx answers and broken connections, `slow` answers above the latency objective, `probes` answers to
-    holdout images whose label is known. `shadow_pairs` are mirrored requests whose two answers were compared and
-    `shadow_differ` those whose class differed (counted on the challenger).
+    `errors` are 5xx answers and broken connections, `slow` answers above the latency objective, `probes` labelled
+    images that both versions answered. `shadow_pairs` are mirrored requests whose two answers were compared,
+    `shadow_differ` those whose class differed and `shadow_errors` those that failed (counted on the challenger).
     """
 
     version: str
@@ -71,13 +87,20 @@ class VersionCounters(Record):
     probes_correct: NonNegativeInt = 0
     shadow_pairs: NonNegativeInt = 0
     shadow_differ: NonNegativeInt = 0
+    shadow_errors: NonNegativeInt = 0
+
+    @property
+    def answered(self) -> int:
+        """Requests it was given, users' and mirrored ones."""
+        return self.requests + self.shadow_pairs + self.shadow_errors
 
 
 class CanaryLook(Record):
     """One look at the evidence. `weight` is the challenger's share of user traffic at that moment (0 in shadow).
 
     `step` is the label people see ("shadow", "5 %", ...). `decision` is the judge's word; `continue` or `wait` means
-    that the step goes on, anything else ended it. On a first release there is no champion.
+    that the step goes on, anything else ended it. On a first release there is no champion. `evidence` maps a gate to
+    the natural logarithm of its evidence for harm (None: none at all), which is held against `log_threshold`.
     """
 
     at: AwareDatetime
@@ -87,6 +110,8 @@ class CanaryLook(Record):
     champion: VersionCounters | None = None
     decision: str = "continue"
     reasons: tuple[str, ...] = ()
+    evidence: dict[str, float | None] = Field(default_factory=dict)
+    log_threshold: float | None = None
 
 
 class TimelineEvent(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ml.results import Epoch
 from tasks.report import words
 from tasks.report.charts import GOES_ON, mood_of, timeline_words
+from tasks.report.evidence import Course, evidence_words, odds_ticks, spread
 from tasks.report.model import CanaryLook, VersionCounters
 
 if TYPE_CHECKING:
@@ -116,6 +118,44 @@ def timeline_png(looks: Sequence[CanaryLook]) -> bytes:
         _dress(axes, title, "time since the canary began, s" if axes is latency else "")
     figure.suptitle(timeline_words(looks), fontsize=8, color=_INK)
     return _png(figure)
+
+
+def evidence_png(found: Course) -> bytes:
+    """The evidence for harm over the canary's requests, up to the decision, as PNG."""
+    figure, axes = _figure(1, 1, (9.0, 3.6))
+    mood = _MOODS[mood_of(found.decision)]
+    for trace in found.traces:
+        requests, logs = zip((0, 0.0), *trace.points, strict=True)
+        loud, style = trace in found.labelled, ":" if trace.dry_run else "-"
+        width = 2.4 if trace.decided else 1.4 if loud else 0.8
+        color = mood if trace.decided else _INK if loud else _GRID
+        axes.plot(requests, logs, style, color=color, lw=width, zorder=3 if trace.decided else 2)
+    if found.threshold is not None:
+        axes.axhline(found.threshold, color=_INK, lw=1, ls="--")
+        told = f" harm is called at {words.odds(found.threshold)}"
+        axes.annotate(told, (0, found.threshold), (2, 4), textcoords="offset points", fontsize=8, color=_INK)
+    if found.decision not in GOES_ON:
+        axes.axvline(found.requests, color=mood, lw=1, ls=":")
+        axes.set_title(f"{found.decision} after {found.requests:,} requests", fontsize=9, loc="right", color=mood)
+    _dress(axes, "Evidence for harm, as odds", "requests the canary was given, mirrored ones included")
+    _name_evidence(axes, found, mood)
+    figure.suptitle(evidence_words(found), fontsize=8, color=_INK)
+    return _png(figure)
+
+
+def _name_evidence(axes: Axes, found: Course, mood: str) -> None:
+    """Odds on the axis, and the names of lines right of their ends."""
+    ticks = odds_ticks(found.top)
+    axes.set_yticks(ticks, [f"{math.exp(tick):,.0f}:1" for tick in ticks])
+    axes.set_ylim(-0.02 * found.top, found.top)
+    axes.set_xlim(0, max(found.requests, 1))
+    named = sorted(found.labelled, key=lambda trace: trace.points[-1][1])
+    places = spread([trace.points[-1][1] for trace in named], 0.07 * found.top, 0.0, found.top)
+    for trace, at in zip(named, places, strict=True):
+        color = mood if trace.decided else _INK
+        axes.annotate(
+            trace.label, (found.requests, at), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color
+        )
 
 
 def _sides(looks: Sequence[CanaryLook]) -> list[tuple[str, str, list[VersionCounters | None]]]:

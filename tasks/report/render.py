@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from ml.results import Evaluation, TrainResult
-from tasks.report import charts, scores, story, words
+from tasks.report import charts, evidence, scores, story, words
 from tasks.report.model import CanaryLook, GateRow, ReleaseReport, VerdictView, VersionCounters
 
 _TEMPLATES = Path(__file__).resolve().parent
@@ -103,8 +103,11 @@ class GateLine:
     gate: str
     value: str
     limit: str
+    allowed: str
     champion: str
     samples: str
+    evidence: str
+    interval: str
     result: str
     mood: str
     note: str
@@ -112,7 +115,8 @@ class GateLine:
 
 @dataclass(frozen=True, slots=True)
 class VerdictBlock:
-    """A verdict with its table; `reasons` leaves out what a row already says."""
+    """A verdict with its table; `reasons` leaves out what a row already says. `threshold`: the odds at which a gate
+    calls harm, None where gates are plain limits."""
 
     title: str
     word: str
@@ -120,6 +124,7 @@ class VerdictBlock:
     reasons: tuple[str, ...]
     rows: tuple[GateLine, ...]
     has_champion: bool
+    threshold: str | None
 
 
 def _verdicts(report: ReleaseReport) -> list[VerdictBlock]:
@@ -131,21 +136,30 @@ def _verdict(title: str, verdict: VerdictView, *, holdout: bool) -> VerdictBlock
     mood = charts.mood_of(verdict.decision)
     word = ("stopped" if mood == "bad" else "passed") if holdout else verdict.decision
     rows = tuple(_gate_line(row) for row in verdict.gates)
-    told = {row.note for row in verdict.gates}
+    logs = [row.log_threshold for row in verdict.gates if row.log_threshold is not None]
+    told = set() if logs else {row.note for row in verdict.gates}  # with evidence, rows have no words
     reasons = tuple(reason for reason in verdict.reasons if reason not in told)
-    return VerdictBlock(title, word, mood, reasons, rows, any(g.champion is not None for g in verdict.gates))
+    threshold = words.odds(max(logs)) if logs else None
+    has_champion = any(row.champion is not None for row in verdict.gates)
+    return VerdictBlock(title, word, mood, reasons, rows, has_champion, threshold)
 
 
 def _gate_line(row: GateRow) -> GateLine:
-    result, mood = {
-        True: ("✓ passed", "good"),
-        False: ("✕ broken", "bad"),
-        None: ("– too few samples", "calm"),
-    }[row.ok]
-    samples = f"{row.samples:,}" if row.samples is not None and row.samples > 1 else words.DASH
-    value, champion = words.in_unit(row.value, row.unit), words.in_unit(row.champion, row.unit)
+    result, mood = words.gate_state(row)
+    # A verdict on one image, or on one file, needs no number of samples.
+    few = row.samples is None or (row.samples <= 1 and not row.by_evidence)
     return GateLine(
-        row.gate, value, words.limit(row.limit, row.bound, row.unit), champion, samples, result, mood, row.note
+        gate=row.gate,
+        value=words.in_unit(row.value, row.unit) if row.samples or not row.by_evidence else words.DASH,
+        limit=words.limit(row.limit, row.bound, row.unit),
+        allowed=words.difference_allowed(row.limit, row.champion, row.unit),
+        champion=words.in_unit(row.champion, row.unit),
+        samples=words.DASH if few else f"{row.samples:,}",
+        evidence=words.gate_evidence(row),
+        interval=words.interval(row.low, row.high, row.unit),
+        result=result,
+        mood=mood,
+        note=row.note,
     )
 
 
@@ -169,6 +183,16 @@ class CanaryBlock:
     narrow: Markup
     shown: tuple[LookLine, ...]
     folded: tuple[LookLine, ...]
+    evidence: EvidenceBlock | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceBlock:
+    """The evidence over requests, and the gates that never had a case."""
+
+    wide: Markup
+    narrow: Markup
+    silent: str
 
 
 def _canary(report: ReleaseReport) -> CanaryBlock | None:
@@ -182,6 +206,18 @@ def _canary(report: ReleaseReport) -> CanaryBlock | None:
         charts.timeline_chart(report.looks, events, final, _NARROW),
         _look_rows(shown),
         () if few else _look_rows(report.looks),
+        _evidence(report),
+    )
+
+
+def _evidence(report: ReleaseReport) -> EvidenceBlock | None:
+    found = evidence.course(report.looks, report.canary.gates if report.canary else ())
+    if found is None:
+        return None
+    return EvidenceBlock(
+        evidence.evidence_chart(found, report.looks, _WIDE),
+        evidence.evidence_chart(found, report.looks, _NARROW),
+        ", ".join(found.silent),
     )
 
 

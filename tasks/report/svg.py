@@ -96,6 +96,11 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     return Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>').format(num(x1), num(y1), num(x2), num(y2), kind)
 
 
+def circle(x: float, y: float, radius: float, kind: str) -> Markup:
+    """A filled dot."""
+    return Markup('<circle cx="{}" cy="{}" r="{}" class="{}"/>').format(num(x), num(y), num(radius), kind)
+
+
 def path(points: Sequence[Point], x: Scale, y: Scale, kind: str) -> Markup:
     """A polyline with gaps where a value is missing; a point between two gaps becomes a dot."""
     runs = _runs(points)

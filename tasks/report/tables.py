@@ -13,26 +13,43 @@ from tasks.report import story, words
 from tasks.report.model import CanaryLook, GateRow, ReleaseReport, StageLine, VersionCounters
 
 Row = dict[str, str]
-_GATE_WORD = {True: "✓ passed", False: "✕ broken", None: "– too few samples"}
 
 
 def gate_table(report: ReleaseReport) -> list[Row]:
-    """One row a gate, the holdout's first. The champion has a column where a gate knows its value."""
-    verdicts = (("holdout", report.gate), ("canary", report.canary))
-    found = [(where, row) for where, verdict in verdicts if verdict for row in verdict.gates]
-    shown = any(row.champion is not None for _, row in found)
-    return [_gate_row(where, row, with_champion=shown) for where, row in found]
+    """One row a gate, the holdout's first."""
+    rows = (*(report.gate.gates if report.gate else ()), *(report.canary.gates if report.canary else ()))
+    holdout = len(report.gate.gates) if report.gate else 0
+    cells = gate_rows(rows)
+    return [{"where": "holdout" if i < holdout else "canary"} | row for i, row in enumerate(cells)]
 
 
-def _gate_row(where: str, row: GateRow, *, with_champion: bool) -> Row:
-    champion = {"champion": words.in_unit(row.champion, row.unit)} if with_champion else {}
+def gate_rows(gates: Sequence[GateRow]) -> list[Row]:
+    """One row a gate; the other side's value and evidence have columns where a gate knows them."""
+    compared = any(gate.champion is not None for gate in gates)
+    judged = any(gate.by_evidence for gate in gates)
+    return [_gate_row(gate, compared=compared, judged=judged) for gate in gates]
+
+
+def _gate_row(gate: GateRow, *, compared: bool, judged: bool) -> Row:
+    row = {
+        "gate": gate.gate,
+        "result": words.gate_state(gate)[0],
+        "value": words.in_unit(gate.value, gate.unit) if gate.samples or not gate.by_evidence else words.DASH,
+    }
+    if compared:
+        row["champion"] = words.in_unit(gate.champion, gate.unit)
+    row["limit"] = words.limit(gate.limit, gate.bound, gate.unit)
+    if judged:
+        row |= _evidence_cells(gate)
+    return row
+
+
+def _evidence_cells(gate: GateRow) -> Row:
     return {
-        "where": where,
-        "gate": row.gate,
-        "result": _GATE_WORD[row.ok],
-        "value": words.in_unit(row.value, row.unit),
-        "limit": words.limit(row.limit, row.bound, row.unit),
-        **champion,
+        "samples": f"{gate.samples or 0:,}",
+        "evidence": words.gate_evidence(gate),
+        "threshold": words.odds(gate.log_threshold) if gate.by_evidence else words.DASH,
+        "interval": words.interval(gate.low, gate.high, gate.unit),
     }
 
 

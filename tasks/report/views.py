@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -23,6 +24,20 @@ class Reading(Protocol):
     def ok(self) -> bool | None: ...
     @property
     def sentence(self) -> str: ...
+    @property
+    def log_evidence(self) -> float | None: ...
+    @property
+    def log_threshold(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+    @property
+    def critical(self) -> bool: ...
+    @property
+    def dry_run(self) -> bool: ...
+    @property
+    def reference(self) -> float | None: ...
 
 
 class JudgeVerdict(Protocol):
@@ -39,6 +54,7 @@ class JudgeVerdict(Protocol):
 
 
 Shape = tuple[str, Unit, Bound]
+_MOST_LOG = 700.0  # exp of more does not fit into a float
 
 _HOLDOUT: Mapping[str, Shape] = {
     "accuracy": ("Accuracy", "share", "at_least"),
@@ -56,10 +72,17 @@ _HOLDOUT: Mapping[str, Shape] = {
     "holdout reuse": ("Releases decided on this holdout", "count", "at_most"),
 }
 _TRAFFIC: Mapping[str, Shape] = {
+    "shadow errors": ("Shadow errors", "share", "at_most"),
+    "shadow slow": ("Shadow slow answers", "share", "at_most"),
+    "disagreement": ("Disagreement", "share", "at_most"),
+    "class disagreement": ("Class disagreement", "share", "at_most"),
     "errors": ("Errors", "share", "at_most"),
-    "latency": ("Slow answers", "share", "at_most"),
-    "disagreement": ("Other answer than the champion", "share", "at_most"),
-    "accuracy": ("Wrong answers on probes", "share", "at_most"),
+    "slow": ("Slow answers", "share", "at_most"),
+    "latency": ("Slow answers", "share", "at_most"),  # its name in older records
+    "tail latency": ("Tail latency", "ms", "at_most"),
+    "ood": ("Not a leaf", "share", "at_most"),
+    "class mix": ("Class mix", "share", "at_most"),
+    "accuracy": ("Wrong answers", "share", "at_most"),
 }
 
 
@@ -71,6 +94,20 @@ def holdout_view(verdict: JudgeVerdict) -> VerdictView:
 def traffic_view(verdict: JudgeVerdict) -> VerdictView:
     """The judge's verdict on live or mirrored traffic."""
     return _view(verdict, _TRAFFIC)
+
+
+def evidence_by_gate(logs: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Evidence on traffic by the names that people read."""
+    return {_TRAFFIC[name][0] if name in _TRAFFIC else name: _log(log) for name, log in logs.items()}
+
+
+def _log(evidence: float | None) -> float | None:
+    """Evidence without end stays large; none at all, or none that can be told, is None."""
+    return _finite(evidence if evidence is None else min(evidence, _MOST_LOG))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _view(verdict: JudgeVerdict, shapes: Mapping[str, Shape]) -> VerdictView:
@@ -92,5 +129,12 @@ def _row(reading: Reading, shapes: Mapping[str, Shape]) -> GateRow:
         samples=reading.samples,
         bound=bound,
         unit=unit,
+        champion=reading.reference,
         note=reading.sentence,
+        log_evidence=_log(reading.log_evidence),
+        log_threshold=_finite(reading.log_threshold),
+        low=_finite(reading.low),
+        high=_finite(reading.high),
+        critical=reading.critical,
+        dry_run=reading.dry_run,
     )

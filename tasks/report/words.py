@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from tasks.report.model import Bound, Unit
+from tasks.report.model import Bound, GateRow, Unit
 
 DASH = "–"
+# Odds above this tell nobody more.
+MOST_ODDS = 1_000_000
+_MOST_LOG_ODDS = math.log(MOST_ODDS)
 _KIB = 1024.0
 
 
@@ -110,6 +113,54 @@ _SIGNS: Mapping[Bound, str] = {"at_least": "≥", "at_most": "≤", "equal": "="
 def limit(value: float | None, bound: Bound, unit: Unit) -> str:
     """A gate's limit, `≥ 80.0 %`."""
     return f"{_SIGNS[bound]} {in_unit(value, unit)}" if known(value) else DASH
+
+
+def difference_allowed(limit: float | None, reference: float | None, unit: Unit) -> str:
+    """How far above the other side's value a limit lies, `+1.0 pts` or `2.0 ×`; empty where nothing is compared."""
+    if limit is None or reference is None or not (known(limit) and known(reference)):
+        return ""
+    if unit == "share":
+        return points(limit - reference)
+    return f"{limit / reference:.1f} ×" if reference > 0 else ""
+
+
+def gate_state(row: GateRow) -> tuple[str, str]:
+    """What a gate says, and its mood: `good`, `bad`, `warn` or `calm`. Silence is not called health."""
+    if row.dry_run:
+        return ("– only reported: harm" if row.ok is False else "– only reported"), "calm"
+    if row.ok is None:
+        return "– too few samples", "calm"
+    if not row.by_evidence:
+        return ("✓ passed", "good") if row.ok else ("✕ broken", "bad")
+    if row.ok:
+        return "✓ no harm shown", "good"
+    return ("✕ harm", "bad") if row.critical else ("! harm, not critical", "warn")
+
+
+def gate_evidence(row: GateRow) -> str:
+    """A gate's odds for harm; a dash where it has none to give."""
+    return odds(row.log_evidence) if row.by_evidence and row.samples else DASH
+
+
+def interval(low: float | None, high: float | None, unit: Unit) -> str:
+    """`2.8 to 5.7 %`; open where an end is not known."""
+    if known(low) and known(high):
+        first, last = in_unit(low, unit), in_unit(high, unit)
+        shared = first.removesuffix(" %") if last.endswith(" %") else first
+        return f"{shared} to {last}".replace("-", "\N{MINUS SIGN}")
+    if known(low):
+        return f"from {in_unit(low, unit)}"
+    return f"up to {in_unit(high, unit)}" if known(high) else DASH
+
+
+def odds(log: float | None) -> str:
+    """Evidence, given as a natural logarithm, as `412:1`. Less than even is no evidence for harm."""
+    if log is None or math.isnan(log) or log < 0:
+        return "below 1:1"
+    if log >= _MOST_LOG_ODDS:
+        return f"over {MOST_ODDS:,}:1"
+    value = math.exp(log)
+    return f"{value:,.0f}:1" if value >= 10 else f"{value:.1f}:1".replace(".0:", ":")
 
 
 def moment(at: datetime) -> str:

@@ -229,6 +229,7 @@ def _class_mix(sides: Sides, limits: JudgeSettings) -> _Seen:
 
     most = max(sorted(ours.keys() | theirs.keys()), key=moved, default="")
     one, two = rates(most)
+    more, fewer = (one, two) if one.share >= two.share else (two, one)
     words = f'the canary answered "{most}" to {one.share:.1%} of {total:,} photos, the baseline to {two.share:.1%}'
     return _Seen(
         moved(most),
@@ -236,7 +237,7 @@ def _class_mix(sides: Sides, limits: JudgeSettings) -> _Seen:
         total if other else 0,
         anytime.shifted(ours, theirs, sides.classes, margin),
         words,
-        lambda alpha: anytime.difference_interval(one, two, alpha),
+        lambda alpha: anytime.difference_interval(more, fewer, alpha),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
@@ -10,6 +12,7 @@ from ml.objects import ObjectStore
 from ml.results import ExportResult
 from tasks.prefect_support import RETRY_DELAYS, retry_external, show_table
 from tasks.progress import report
+from tasks.rollout.gates import odds
 from tasks.rollout.holdout import Ledger, Scored
 from tasks.rollout.procedure import Aliases, Labels, Rollout, step_label
 from tasks.rollout.verdict import GateReading, Verdict
@@ -65,7 +68,7 @@ def canary_step(rollout: Rollout, weight: float, labels: Labels) -> Verdict:
     """One share of the traffic (0: mirrored only), judged."""
     report("canary", "running", f"{step_label(weight)}: judging")
     verdict = rollout.run_step(weight, labels)
-    _say(verdict)
+    _show(rollout, verdict)
     return verdict
 
 
@@ -79,7 +82,7 @@ def first_deploy(rollout: Rollout) -> None:
 def smoke_test(rollout: Rollout, labels: Labels, floor: float) -> Verdict:
     """Judge the first version on labelled probes."""
     verdict = rollout.judge_first(labels, floor)
-    _say(verdict)
+    _show(rollout, verdict)
     return verdict
 
 
@@ -107,13 +110,48 @@ def undo_canary(rollout: Rollout) -> None:
         rollout.undo()
 
 
+def _show(rollout: Rollout, verdict: Verdict) -> None:
+    """The verdict in the log, and its gates as one table that every step replaces."""
+    show_table(f"canary-{rollout.journal.record.release_id}", table(verdict.readings), verdict.sentence)
+    get_run_logger().info(verdict.sentence)
+
+
 def table(readings: tuple[GateReading, ...]) -> list[dict[str, object]]:
-    """Gate readings as rows for people."""
-    words = {True: "ok", False: "broken", None: "too few samples"}
-    return [
-        {"gate": r.name, "value": round(r.value, 4), "limit": round(r.limit, 4), "samples": r.samples, "": words[r.ok]}
-        for r in readings
-    ]
+    """Gate readings as rows for people; evidence has columns where a gate has any."""
+    judged = any(reading.log_threshold is not None for reading in readings)
+    return [_row(reading) | (_evidence(reading) if judged else {}) | {"": _state(reading)} for reading in readings]
+
+
+def _row(reading: GateReading) -> dict[str, object]:
+    return {
+        "gate": reading.name,
+        "value": _short(reading.value),
+        "compared with": _short(reading.reference),
+        "limit": _short(reading.limit),
+        "samples": reading.samples,
+    }
+
+
+def _evidence(reading: GateReading) -> dict[str, object]:
+    return {
+        "evidence": odds(reading.log_evidence) if reading.log_evidence is not None and reading.samples else "–",
+        "threshold": odds(reading.log_threshold) if reading.log_threshold is not None else "–",
+        "interval": f"{_short(reading.low)} to {_short(reading.high)}" if reading.low is not None else "–",
+    }
+
+
+def _short(value: float | None) -> float | str:
+    """Four digits; a dash for what is not known, or has no end."""
+    return "–" if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _state(reading: GateReading) -> str:
+    harm = {True: "no harm shown", False: "harm", None: "too few samples"}
+    limit = {True: "ok", False: "broken", None: "too few samples"}
+    word = (limit if reading.log_threshold is None else harm)[reading.ok]
+    if reading.dry_run:
+        return f"only reported: {word}"
+    return word if reading.critical or reading.ok is not False else f"{word}, not critical"
 
 
 def _say(verdict: Verdict) -> None:

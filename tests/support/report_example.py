@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from tasks.report.model import (
     TimelineEvent,
     VersionCounters,
 )
-from tasks.report.views import holdout_view, traffic_view
+from tasks.report.views import evidence_by_gate, holdout_view, traffic_view
+from tasks.rollout.anytime import Rate
 from tasks.rollout.gate import gate
 from tasks.rollout.paired import pair
-from tasks.rollout.policy import Evidence, Stage, judge
-from tasks.rollout.verdict import Verdict
+from tasks.rollout.policy import judge
+from tasks.rollout.verdict import Decision, Evidence, Paired, Stage, Verdict
 
 BEGAN = datetime(2026, 11, 20, 6, 12, 4, tzinfo=UTC)
 CLASSES = (
@@ -210,73 +212,126 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def looks(
-    plan: Mapping[str, float] | None = None, per_step: int = 9, *, first: bool = False, bad: str = "", end: str = ""
-) -> tuple[CanaryLook, ...]:
-    """Looks two seconds apart through the steps of `plan`. `bad`: slow, failing or wrong from the 25 % step on."""
-    plan = plan or {"shadow": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5}
+_BOUNDS_MS = (5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, math.inf)
+_A_LOOK, _MIRRORED = 160, 24  # user requests and mirrored ones between two looks
+_LIMITS = JudgeSettings()
+_FIRST = {"100 %": 1.0}
+_STEPS = {"shadow": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5}
+
+
+@dataclass
+class Side:
+    """What one version was seen to do so far. `bad`: slow, failing or wrong."""
+
+    version: str
+    rng: np.random.Generator
+    requests: int = 0
+    errors: int = 0
+    ood: int = 0
+    shadow_pairs: int = 0
+    shadow_differ: int = 0
+    classes: Any = field(default_factory=lambda: np.zeros(len(CLASSES), dtype=int))
+    latency: Any = field(default_factory=lambda: np.zeros(len(_BOUNDS_MS), dtype=int))
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+    def serve(self, requests: int, bad: str = "") -> None:
+        """Answer users."""
+        errors = int(self.rng.binomial(requests, 0.05 if bad == "failing" else 0.002))
+        took = self.rng.lognormal(math.log(6.0), 0.45, requests - errors) + (300 if bad == "slow" else 0)
+        self.requests += requests
+        self.errors += errors
+        self.ood += int(self.rng.binomial(requests - errors, 0.013))
+        self.classes = self.classes + self.rng.multinomial(requests - errors, np.full(len(CLASSES), 1 / len(CLASSES)))
+        self.latency = self.latency + np.array([int((took <= bound).sum()) for bound in _BOUNDS_MS])
+        self.p50_ms = float(self.rng.normal(307 if bad == "slow" else 6.0, 0.3))
+        self.p99_ms = float(self.rng.normal(341 if bad == "slow" else 20.0, 2.0))
+
+    def mirror(self, requests: int) -> None:
+        """Answer copies of requests beside the champion."""
+        self.shadow_pairs += requests
+        self.shadow_differ += int(self.rng.integers(0, 3))
+
+    def evidence(self) -> Evidence:
+        """As the judge is given it."""
+        latency = dict(zip(_BOUNDS_MS, (int(count) for count in self.latency), strict=True))
+        return Evidence(
+            requests=self.requests, errors=self.errors, slow=latency[math.inf] - latency[250.0], ood=self.ood,
+            predictions=self.requests - self.errors, classes=dict(zip(CLASSES, map(int, self.classes), strict=True)),
+            latency=latency, shadow_pairs=self.shadow_pairs, shadow_differ=self.shadow_differ,
+            shadow_by_class={CLASSES[0]: (self.shadow_pairs, self.shadow_differ)} if self.shadow_pairs else {},
+            p50_ms=self.p50_ms, p99_ms=self.p99_ms,
+        )  # fmt: skip
+
+    def counters(self, wrong: Rate) -> VersionCounters:
+        """As the report is given it."""
+        found = self.evidence()
+        return VersionCounters(
+            version=self.version, requests=found.requests, errors=found.errors, slow=found.slow, p50_ms=found.p50_ms,
+            p99_ms=found.p99_ms, probes=wrong.total, probes_correct=wrong.total - wrong.bad,
+            shadow_pairs=found.shadow_pairs, shadow_differ=found.shadow_differ,
+        )  # fmt: skip
+
+
+def rollout(
+    plan: Mapping[str, float] | None = None,
+    per_step: int = 9,
+    *,
+    first: bool = False,
+    bad: str = "",
+    limits: JudgeSettings = _LIMITS,
+) -> tuple[tuple[CanaryLook, ...], Verdict]:
+    """Looks two seconds apart through the steps of `plan` until the judge ends them, and its last verdict.
+
+    `bad`: slow, failing or wrong from the 25 % step on.
+    """
+    plan = plan or (_FIRST if first else _STEPS)
     rng = np.random.default_rng(11)
+    ours, theirs, paired = Side("v1.3.0", rng), Side("v1.2.0", rng), Paired()
     made: list[CanaryLook] = []
-    ours: dict[str, Any] = {"version": "v1.3.0", "p50_ms": None, "p99_ms": None}
-    theirs: dict[str, Any] = {"version": "v1.2.0", "p50_ms": 6.1, "p99_ms": 21.0}
     at = BEGAN + timedelta(seconds=121)
     for step, weight in plan.items():
-        for i in range(per_step):
+        each = round(_A_LOOK * weight) or _MIRRORED
+        stage = Stage(
+            weight=weight, needed=per_step * each, last=step == list(plan)[-1], elapsed_s=20, deadline_s=600,
+            seen_before=ours.requests, floor=0.8 if first else None, classes=0 if first else len(CLASSES),
+        )  # fmt: skip
+        for _ in range(per_step):
             at += timedelta(seconds=2)
-            _serve(theirs, round(160 * (1 - weight)), rng, "")
+            theirs.serve(round(_A_LOOK * (1 - weight)))
             if weight:
-                _serve(ours, round(160 * weight), rng, bad if weight >= 0.25 else "")
+                ours.serve(each, bad if weight >= 0.25 else "")
+                paired = _more_pairs(paired, each, rng, wrong=bad == "wrong" and weight >= 0.25)
             else:
-                ours["shadow_pairs"] = ours.get("shadow_pairs", 0) + 24
-                ours["shadow_differ"] = ours.get("shadow_differ", 0) + int(rng.integers(0, 3))
-            over = bool(bad) and weight >= 0.25 and i >= 2
-            decision = _decision(i == per_step - 1, step == list(plan)[-1], over, end)
-            made.append(
-                CanaryLook(
-                    at=at, step=step, weight=weight, challenger=VersionCounters(**ours),
-                    champion=None if first else VersionCounters(**theirs), decision=decision,
-                    reasons=_look_reasons(decision, bad),
-                )
-            )  # fmt: skip
-            if over:
-                return tuple(made)
-    return tuple(made)
+                ours.mirror(each)
+            verdict = judge(ours.evidence(), theirs.evidence(), paired, stage, limits)
+            made.append(_look(at, step, weight, ours, None if first else theirs, paired, verdict))
+            if verdict.decision is Decision.rollback:
+                return tuple(made), verdict
+    return tuple(made), verdict
 
 
-def _serve(side: dict[str, Any], requests: int, rng: np.random.Generator, bad: str) -> None:
-    before = side.get("requests", 0)
-    side["requests"] = before + requests
-    side["errors"] = side.get("errors", 0) + (round(0.1 * requests) if bad == "failing" else 0)
-    side["slow"] = side.get("slow", 0) + (requests if bad == "slow" else 0)
-    side["probes"] = side.get("probes", 0) + requests
-    right = 0.12 if bad == "wrong" else 0.945
-    side["probes_correct"] = side.get("probes_correct", 0) + int(rng.binomial(requests, right))
-    side["p50_ms"] = float(rng.normal(307 if bad == "slow" else 6.0, 0.3))
-    side["p99_ms"] = float(rng.normal(341 if bad == "slow" else 20.0, 2.0))
+def _more_pairs(before: Paired, images: int, rng: np.random.Generator, *, wrong: bool) -> Paired:
+    """Labelled images: both right, only the champion, only the challenger, neither."""
+    shares = (0.11, 0.835, 0.01, 0.045) if wrong else (0.92, 0.025, 0.025, 0.03)
+    both, lost, won, _ = (int(count) for count in rng.multinomial(images, shares))
+    return Paired(before.pairs + images, before.losses + lost, before.wins + won, before.both + both)
 
 
-def _decision(last_look: bool, last_step: bool, over: bool, end: str) -> str:
-    if over:
-        return "rollback"
-    if not last_look:
-        return "continue"
-    return (end or "promote") if last_step else "advance"
+def _look(
+    at: datetime, step: str, weight: float, ours: Side, theirs: Side | None, paired: Paired, verdict: Verdict
+) -> CanaryLook:
+    return CanaryLook(
+        at=at, step=step, weight=weight, challenger=ours.counters(paired.challenger),
+        champion=theirs.counters(paired.champion) if theirs else None, decision=verdict.decision.value,
+        reasons=verdict.reasons, log_threshold=verdict.readings[0].log_threshold,
+        evidence=evidence_by_gate({r.name: r.log_evidence if r.samples else None for r in verdict.readings}),
+    )  # fmt: skip
 
 
-def _look_reasons(decision: str, bad: str) -> tuple[str, ...]:
-    return {
-        "continue": ("the canary needs more requests before this step is judged",),
-        "advance": ("no limit was broken by the canary",),
-        "promote": ("no limit was broken at any step",),
-        "rollback": (f"the canary was {bad}: a limit was broken",),
-    }.get(decision, ())
-
-
-def _live_verdict(made: tuple[CanaryLook, ...]) -> Any:
-    ours, theirs = made[-1].challenger, made[-1].champion or VersionCounters(version="v0.0.0")
-    stage = Stage(weight=made[-1].weight, needed=40, last=made[-1].step == "50 %", elapsed_s=20, deadline_s=600)
-    evidence = [Evidence(**c.model_dump(exclude={"version"})) for c in (ours, theirs)]
-    return traffic_view(judge(evidence[0], evidence[1], stage, JudgeSettings(), comparable=True))
+def looks(per_step: int = 9, *, first: bool = False, bad: str = "") -> tuple[CanaryLook, ...]:
+    """The looks of `rollout`."""
+    return rollout(per_step=per_step, first=first, bad=bad)[0]
 
 
 _PLAN = (
@@ -343,16 +398,17 @@ FILES = tuple(
 
 def promoted(**changes: Any) -> ReleaseReport:
     """The second release: everything went well."""
-    ours, theirs, made = evaluation(), evaluation(0.928, seed=5), looks()
+    ours, theirs = evaluation(), evaluation(0.928, seed=5)
+    made, verdict = rollout()
     values: dict[str, Any] = {
         "release_id": "r-20261120-061204-7c1e", "title": "Release of leaves to v1.3.0", "version": "v1.3.0",
         "champion_version": "v1.2.0", "outcome": "promoted", "started_at": BEGAN,
         "reasons": (
-            *holdout_verdict(ours, theirs).reasons, *_live_verdict(made).reasons,
+            *holdout_verdict(ours, theirs).reasons, *verdict.reasons,
         ),
         "finished_at": BEGAN + timedelta(seconds=170), "requested_by": "priya", "stages": stages(),
         "train": training(), "export": exported(), "evaluation": ours, "champion_evaluation": theirs,
-        "gate": holdout_view(holdout_verdict(ours, theirs)), "canary": _live_verdict(made),
+        "gate": holdout_view(holdout_verdict(ours, theirs)), "canary": traffic_view(verdict),
         "looks": made, "events": _events(made), "lineage": LINEAGE, "config": CONFIG, "files": FILES,
         "links": {"Object store": "s3://khet-guard-models/v1.3.0/", "Service": "http://127.0.0.1:8080/predict"},
     }  # fmt: skip
@@ -361,10 +417,10 @@ def promoted(**changes: Any) -> ReleaseReport:
 
 def first_release() -> ReleaseReport:
     """No champion to compare with."""
-    made = looks(first=True)
+    made, verdict = rollout(first=True)
     ours = evaluation()
     return promoted(
-        champion_version=None, champion_evaluation=None, looks=made, events=(), canary=_live_verdict(made),
+        champion_version=None, champion_evaluation=None, looks=made, events=(), canary=traffic_view(verdict),
         gate=holdout_view(gate(ours, exported(), None, GateSettings())), lineage=LINEAGE | {"parent": None},
     )  # fmt: skip
 
@@ -382,10 +438,9 @@ def gated() -> ReleaseReport:
 
 def rolled_back(bad: str = "slow") -> ReleaseReport:
     """A canary that was bad at 25 % of the traffic."""
-    made = looks(bad=bad)
-    verdict = _live_verdict(made)
+    made, verdict = rollout(bad=bad)
     return promoted(
-        outcome="rolled_back", looks=made, events=_events(made), canary=verdict, reasons=verdict.reasons,
+        outcome="rolled_back", looks=made, events=_events(made), canary=traffic_view(verdict), reasons=verdict.reasons,
         stages=stages("canary", "failed"), finished_at=BEGAN + timedelta(seconds=152),
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_the_headline_says_what_happened(name: str, says: str) -> None:
 
 
 def test_a_bad_canary_is_told_with_its_reason() -> None:
-    assert "slower than 250" in Page.read(PAGES["rolled-back"]).text
+    assert "took over 250" in Page.read(PAGES["rolled-back"]).text
     assert "with an error" in Page.read(PAGES["failing"]).text
     assert "was wrong on" in Page.read(PAGES["wrong"]).text
 

@@ -48,8 +48,10 @@ def test_the_card_is_markdown_whose_tables_line_up(name: str) -> None:
 
 
 def test_the_gate_table_says_which_gate_broke() -> None:
-    broken = [row for row in tables.gate_table(example.rolled_back()) if row["result"] == "✕ broken"]
-    assert [(row["where"], row["gate"], row["limit"]) for row in broken] == [("canary", "Slow answers", "≤ 10.0 %")]
+    broken = [row for row in tables.gate_table(example.rolled_back("failing")) if row["result"] == "✕ harm"]
+    assert [(row["where"], row["gate"], row["threshold"]) for row in broken] == [("canary", "Errors", "200:1")]
+    assert broken[0]["evidence"].endswith(":1")
+    assert " to " in broken[0]["interval"]
 
 
 def test_the_champion_has_a_column_where_a_gate_knows_its_value() -> None:
@@ -58,7 +60,8 @@ def test_the_champion_has_a_column_where_a_gate_knows_its_value() -> None:
     rows = tuple(row.model_copy(update={"champion": 0.93}) for row in report.gate.gates[:1])
     shown = report.model_copy(update={"gate": report.gate.model_copy(update={"gates": rows}), "canary": None})
     assert tables.gate_table(shown)[0]["champion"] == "93.0 %"
-    assert "champion" not in tables.gate_table(report)[0]
+    alone = rows[0].model_copy(update={"champion": None})
+    assert "champion" not in tables.gate_rows([alone])[0]
     assert "93.0 %" in render_html(shown)
 
 

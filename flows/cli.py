@@ -26,6 +26,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Import and list training data
 app.add_typer(data_app, name="data")
 canary_app = typer.Typer(no_args_is_help=True, help="What a canary can see.")
 app.add_typer(canary_app, name="canary")
+feedback_app = typer.Typer(no_args_is_help=True, help="Labels that people give predictions afterwards.")
+app.add_typer(feedback_app, name="feedback")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -238,6 +240,40 @@ def rollback(
     from flows.commands import running
 
     running.rollback({"to": to, "dry_run": dry_run, "force": force}, as_json=as_json)
+
+
+@app.command()
+def review(
+    act: Annotated[bool, typer.Option("--act", help="Roll back at once where harm is shown.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the verdict; write nothing, change nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge the version in production by the labels that came since its promotion. Exits 3 where they show harm.
+
+    Example: khet review --dry-run
+    """
+    from flows.commands import reviewing
+
+    reviewing.review({"act": act, "dry_run": dry_run}, as_json=as_json)
+
+
+@feedback_app.command("add")
+def feedback_add(
+    file: Annotated[
+        Path, typer.Argument(help="CSV: request_id,label,source and, where they are known, received_at, version, ...")
+    ],
+    correct: Annotated[bool, typer.Option("--correct", help="Replace labels the same source gave before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Store labels of past predictions; answers that the file does not name are looked up in the inference log.
+
+    Example: khet feedback add labels.csv
+    """
+    from flows.commands import reviewing
+
+    reviewing.add(file, correct=correct, as_json=as_json)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from prefect.artifacts import (
 )
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 from prefect.tasks import Task, exponential_backoff
 
@@ -87,6 +88,14 @@ def show_picture(key: str, address: str, description: str) -> None:
         create_image_artifact(image_url=address, key=key, description=description)
     except _ARTIFACT_ERRORS as error:
         _warn(key, error)
+
+
+def announce(event: str, resource_id: str, name: str, payload: dict[str, Any]) -> None:
+    """Send an event that automations may listen for. What matters is recorded elsewhere too: one may get lost."""
+    try:
+        emit_event(event, {"prefect.resource.id": resource_id, "prefect.resource.name": name}, payload=payload)
+    except _ARTIFACT_ERRORS as error:
+        get_run_logger().warning("event %s was not sent: %s", event, error)
 
 
 def _warn(key: str, error: BaseException) -> None:

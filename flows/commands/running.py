@@ -15,10 +15,10 @@ from flows.terminal import ReleaseView, out, print_json, shown_path
 def release(parameters: dict[str, Any], *, as_json: bool) -> None:
     """Run the release flow here; the Prefect UI shows the same run."""
     connect(settings(), quiet=True)
-    with _view(as_json):
+    with view(as_json):
         from flows.release import release as flow
 
-        record = _run(flow, parameters)
+        record = run_flow(flow, parameters)
     if as_json:
         print_json(record)
         return
@@ -35,10 +35,10 @@ def release(parameters: dict[str, Any], *, as_json: bool) -> None:
 def rollback(parameters: dict[str, Any], *, as_json: bool) -> None:
     """Run the rollback flow here."""
     connect(settings(), quiet=True)
-    with _view(as_json):
+    with view(as_json):
         from flows.rollback import rollback as flow
 
-        record = _run(flow, parameters)
+        record = run_flow(flow, parameters)
     if as_json:
         print_json(record)
     elif record.outcome == "dry_run":
@@ -64,7 +64,7 @@ def _only(paused: list[dict[str, Any]]) -> dict[str, Any]:
     return paused[0]
 
 
-def _run(flow: Any, parameters: dict[str, Any]) -> Any:
+def run_flow(flow: Any, parameters: dict[str, Any]) -> Any:
     """Call the flow; its KhetErrors pass through, Prefect's own become one."""
     from prefect.exceptions import PrefectException
 
@@ -77,7 +77,8 @@ def _run(flow: Any, parameters: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _view(as_json: bool) -> Iterator[None]:
+def view(as_json: bool) -> Iterator[None]:
+    """Follow the flow on the terminal, unless a program reads."""
     if as_json:
         yield
         return

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
 from configs.areas import ReviewSettings
 from tasks.rollout import anytime
@@ -23,6 +23,8 @@ from tasks.rollout.verdict import Decision, GateReading, Verdict
 ACCURACY: Final = "late accuracy"
 CLASS_ACCURACY: Final = "late class accuracy"
 PROMISE: Final = "promised accuracy"
+Phase = Literal["open", "last look", "over"]
+_NIGHT: Final = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,13 @@ class Window:
         length = timedelta(days=limits.window_days)
         until = promoted_at + length
         return cls(promoted_at - length, promoted_at, until, until + timedelta(days=limits.label_delay_days))
+
+    def phase(self, now: datetime) -> Phase:
+        """Whether labels are waited for. The first night after the end looks once more, at what came on the last day;
+        then the matter is closed, also where nobody acted on it."""
+        if now < self.closes_at:
+            return "open"
+        return "last look" if now < self.closes_at + _NIGHT else "over"
 
 
 @dataclass(frozen=True, slots=True)

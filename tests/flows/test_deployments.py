@@ -51,13 +51,23 @@ def test_a_rollout_never_runs_beside_another() -> None:
         assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
 
 
+def test_labels_are_looked_at_every_night_and_change_nothing_by_themselves() -> None:
+    review = next(d for d in definitions() if d["name"] == "release-review")
+    assert review["schedules"] == [{"cron": "0 3 * * *", "timezone": "Asia/Kolkata"}]
+    assert review["parameters"] == {"act": False, "dry_run": False}
+
+
 def test_the_default_configuration_of_a_release_loads() -> None:
     release = next(d for d in definitions() if d["name"] == "release")
     assert load_yaml(TrainingConfig, PROJECT_ROOT / release["parameters"]["config"]).dataset == "leaves"
 
 
 def test_entrypoints_are_checked_before_anything_is_registered() -> None:
-    assert check_entrypoints(PREFECT_FILE) == ["release/release", "rollback/rollback"]
+    assert check_entrypoints(PREFECT_FILE) == [
+        "release/release",
+        "rollback/rollback",
+        "release_review/release-review",
+    ]
 
 
 if __name__ == "__main__":

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from configs.errors import ConfigError, IntegrityError
 from configs.settings import home, settings
-from flows.terminal import human_bytes, out, print_json, print_table, shown_path
+from flows.terminal import human_bytes, out, print_json, print_table, shown_path, to_json
 from ml.objects import ObjectStore
 from ml.version import Version, is_version
 from tasks.registry import ALIASES, Registry, VersionInfo
+from tasks.report.tables import gate_rows
+from tasks.report.views import traffic_view
 from tasks.rollout import journal
-from tasks.rollout.journal import PREFIX
+from tasks.rollout.journal import PREFIX, ReleaseRecord
+from tasks.rollout.looks import last_verdict
+
+_WHY = 160  # characters of a reason in a table
+# The whole table of gates needs this many characters; a narrower terminal gets what fits into 80 of them.
+_WIDE = 115
+_NARROW_COLUMNS = frozenset({"gate", "result", "value", "champion", "limit", "evidence"})
 
 
 def resolve(registry: Registry, name: str) -> Version:
@@ -78,11 +87,13 @@ def _metrics(
 
 
 def show_version(name: str, *, as_json: bool) -> None:
-    """One version in full."""
+    """One version in full, with the verdict of its last rollout."""
     registry = Registry.from_settings(settings())
     manifest = registry.manifest(resolve(registry, name))
+    judged = _last_rollout(manifest.version)
     if as_json:
-        print_json(manifest)
+        verdict = last_verdict(judged.looks) if judged else None
+        print_json(to_json(manifest) | {"verdict": verdict.to_json() if verdict else None})
         return
     lineage = manifest.lineage
     dirty = " (with uncommitted changes)" if lineage.git_dirty else ""
@@ -100,8 +111,36 @@ def show_version(name: str, *, as_json: bool) -> None:
         ["hardware", ", ".join(f"{k} {v}" for k, v in lineage.hardware.items())],
     ]
     print_table("Lineage", ["", ""], facts)
+    if judged:
+        show_verdict(judged)
     files = [[name, human_bytes(entry.size_bytes), entry.sha256[:16]] for name, entry in manifest.files.items()]
     print_table("Files", ["name", "size", "sha256"], files)
+
+
+def _last_rollout(version: Version) -> ReleaseRecord | None:
+    """The youngest release that judged this version on traffic."""
+    store = settings().object_store
+    found = journal.releases(ObjectStore(store), store.models_bucket)
+    return next((r for r in reversed(found) if r.version == str(version) and r.looks), None)
+
+
+def show_verdict(record: ReleaseRecord) -> None:
+    """The judge's last word on it, in a sentence and as a table of gates."""
+    verdict = last_verdict(record.looks)
+    if verdict is None:
+        return
+    out.print(f"Verdict of release {record.release_id}: {verdict.sentence}", markup=False)
+    rows = gate_rows(traffic_view(verdict).gates)
+    if not rows:
+        return
+    columns = [name for name in rows[0] if out.width >= _WIDE or name in _NARROW_COLUMNS]
+    print_table("Gates on traffic", columns, [[row[name] for name in columns] for row in rows])
+
+
+def why(record: ReleaseRecord) -> str:
+    """The judge's sentence where it decided, the recorded reasons elsewhere; short enough for a table."""
+    verdict = last_verdict(record.looks) if record.outcome in {"promoted", "rolled_back"} else None
+    return textwrap.shorten(verdict.sentence if verdict else "; ".join(record.reasons), _WHY, placeholder=" …")
 
 
 def verify_version(name: str, *, as_json: bool) -> bool:
@@ -138,7 +177,7 @@ def show_releases(*, as_json: bool) -> None:
             r.version,
             f"{r.started_at:%Y-%m-%d %H:%M}",
             r.requested_by,
-            "; ".join(r.reasons)[:80],
+            why(r),
         ]
         for r in found
     ]

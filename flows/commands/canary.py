@@ -148,7 +148,7 @@ def _row(gate: GateForecast, setup: Setup) -> list[object]:
     larger = smallest_seen(setup, gate) if gate.state in ("missed", "cannot") else None
     return [
         _MARKS[gate.state],
-        gate.name if gate.counts else f"{gate.name} (no say)",
+        gate.name if gate.counts else f"{gate.name} (reports only)",
         f"{shown(gate.key, gate.usual)} → {shown(gate.key, gate.harm)}",
         f"{_count(gate.needed)} / {_count(gate.needed_90)}",
         f"{gate.available:,}",

@@ -49,6 +49,7 @@ class GateForecast:
     rollout along its steps, the last of which goes on for as long as it takes. `at_step`: minutes for `needed_90`
     samples at the weight of each step alone. `available`: samples the rollout collects, `reachable`: those it could
     collect if each step used its whole deadline. `seen`: probability that the harm is seen before the rollout ends.
+    `counts`: the gate does not only report.
     """
 
     name: str
@@ -99,8 +100,8 @@ class Forecast:
     setup: Setup
     stages: tuple[StagePlan, ...]
     gates: tuple[GateForecast, ...]
-    recommended: Recommendation | None
-    would_help: tuple[str, ...]
+    recommended: Recommendation | None = None
+    would_help: tuple[str, ...] = ()
 
     @property
     def minutes(self) -> float:
@@ -129,15 +130,20 @@ class Forecast:
 
 
 def forecast(setup: Setup) -> Forecast:
-    """What this rollout can see, and which steps would see more. Takes under a second for ten gates."""
-    gates = _gates(setup)
-    recommended, would_help = _recommend(setup, gates)
-    return Forecast(setup, setup.stages, gates, recommended, would_help)
+    """What this rollout can see, and which steps would see more. Takes about a second for ten gates."""
+    seen = outlook(setup)
+    recommended, would_help = _recommend(setup, seen.gates)
+    return replace(seen, recommended=recommended, would_help=would_help)
+
+
+def outlook(setup: Setup) -> Forecast:
+    """What this rollout can see, without a recommendation."""
+    return Forecast(setup, setup.stages, _gates(setup))
 
 
 def warnings(setup: Setup) -> list[str]:
     """What a person should know before this rollout starts; empty when it can see every stated harm in time."""
-    return sentences(forecast(setup))
+    return sentences(outlook(setup))
 
 
 def sentences(plan: Forecast) -> list[str]:
@@ -176,10 +182,9 @@ def shown(key: str, value: float) -> str:
 
 
 def _larger(gate: GateForecast) -> Iterator[float]:
-    end = math.inf if gate.key == "tail_ms" else 0.0 if gate.harm < gate.usual else 1.0
     for factor in _LARGER:
         harm = gate.usual + factor * (gate.harm - gate.usual)
-        if (harm < end) if end else (harm > end):
+        if gate.key == "tail_ms" or 0.0 < harm < 1.0:
             yield harm
 
 
@@ -218,7 +223,7 @@ def _gate(name: str, setup: Setup) -> GateForecast:
         supply.minutes_at(needed_90),
         _at_step(name, needed_90, setup),
         float((alarms <= supply.available).mean()),
-        rule.critical and not rule.dry_run,
+        not rule.dry_run,
     )
 
 
@@ -297,7 +302,7 @@ def _recommend(setup: Setup, gates: tuple[GateForecast, ...]) -> tuple[Recommend
     """The settings themselves where they do; else more samples, with the first steps left out where they are slow."""
     wanted = tuple(sorted((gate for gate in _deciding(gates) if gate.state != "silent"), key=lambda gate: gate.seen))
     if hopeless := [gate for gate in wanted if gate.needed_90 is None]:
-        return None, tuple(f"a larger harm: {_names(gate)} hardly exceeds what the gate allows" for gate in hopeless)
+        return None, tuple(f"a larger harm than {_names(gate)}: {_needs(gate)}" for gate in hopeless)
     for dropped in range(len(setup.canary.steps)):
         if found := _enough(setup, wanted, setup.canary.steps[dropped:]):
             return found, ()
@@ -374,7 +379,7 @@ def _names(gate: GateForecast) -> str:
 
 def _needs(gate: GateForecast) -> str:
     if gate.needed_90 is None:
-        return f"it hardly exceeds what the gate allows, {detection.MOST_SAMPLES:,} {gate.unit} would not be enough"
+        return f"even {detection.MOST_SAMPLES:,} {gate.unit} would not show it"
     return f"{gate.needed_90:,} {gate.unit} would show it, {gate.reachable:,} can be had"
 
 

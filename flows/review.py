@@ -153,7 +153,7 @@ def _unjudged(promotion: Promotion, window: Window) -> Review:
 
 
 def _judged(promotion: Promotion, window: Window, verdict: Verdict) -> Review:
-    sentence = f"{_heading(promotion, window, verdict.decision)}: {'; '.join(verdict.reasons)}"
+    sentence = f"{_heading(promotion, window, verdict)}: {'; '.join(verdict.reasons)}"
     return Review(
         version=str(promotion.version),
         previous=str(promotion.previous) if promotion.previous else None,
@@ -165,12 +165,13 @@ def _judged(promotion: Promotion, window: Window, verdict: Verdict) -> Review:
     )
 
 
-def _heading(promotion: Promotion, window: Window, decision: Decision) -> str:
-    version = promotion.version
+def _heading(promotion: Promotion, window: Window, verdict: Verdict) -> str:
+    version, decision = promotion.version, verdict.decision
     if decision is Decision.rollback:
         return f"{version} does harm and should give way to {promotion.previous}"
     if decision is Decision.inconclusive:
-        return f"nothing can be concluded on {version}"
+        broken = any(reading.ok is False for reading in verdict.readings)
+        return f"{version} breaks a promise but stays" if broken else f"nothing can be concluded on {version}"
     until = f", under review until {window.closes_at:%Y-%m-%d}" if decision is Decision.wait else ""
     return f"{version} stays{until}"
 

@@ -121,6 +121,13 @@ class _Case:
         """Whether both versions have enough labels."""
         return min(self.current.overall.total, self.previous.overall.total) >= self.limits.min_samples
 
+    @property
+    def no_return(self) -> str:
+        """Why a broken promise is no reason to go back."""
+        if not self.returnable:
+            return "there is no version before it to return to"
+        return f"a return would not help: {self.previous.version} is not shown to be better"
+
     def reading(
         self, name: str, value: float, limit: float, samples: int, log_evidence: float, words: str, *, enough: bool
     ) -> GateReading:
@@ -211,8 +218,7 @@ def _decide(readings: Sequence[GateReading], case: _Case, *, closed: bool) -> tu
     if harm := _harm([reading for reading in read if reading.critical], len(readings), case.limits):
         return Decision.rollback, harm
     if doubts := tuple(reading.sentence for reading in read if reading.ok is False):
-        known = "was not better" if case.returnable else "does not exist"
-        return Decision.inconclusive, (*doubts, f"a return would not help: the version before it {known}")
+        return Decision.inconclusive, (*doubts, case.no_return)
     seen, version = case.current.overall.total, case.current.version
     if not read:
         few = f"{seen} labelled answers of {version} are too few to compare ({case.limits.min_samples} are needed)"

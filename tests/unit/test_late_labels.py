@@ -93,7 +93,7 @@ def test_harm_to_one_class_is_seen_where_the_others_hide_it() -> None:
 def test_a_field_that_became_harder_for_both_is_no_reason_to_return() -> None:
     verdict = judged(labelled("v1.1.0", 120, 400), labelled("v1.0.0", 118, 400))
     assert verdict.decision is Decision.inconclusive
-    assert "a return would not help: the version before it was not better" in verdict.sentence
+    assert "a return would not help: v1.0.0 is not shown to be better" in verdict.sentence
     assert reading(verdict, PROMISE).ok is False
     assert not reading(verdict, PROMISE).critical
 
@@ -107,7 +107,7 @@ def test_a_broken_promise_calls_for_the_version_before_it_when_nothing_else_is_k
 def test_the_first_version_has_nothing_to_return_to() -> None:
     verdict = judged(labelled("v1.0.0", 120, 400), None)
     assert verdict.decision is Decision.inconclusive
-    assert "the version before it does not exist" in verdict.sentence
+    assert "there is no version before it to return to" in verdict.sentence
     assert [reading.name for reading in verdict.readings] == [PROMISE]
 
 

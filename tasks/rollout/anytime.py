@@ -203,18 +203,25 @@ def shifted(canary: Mapping[str, int], baseline: Mapping[str, int], classes: int
     calibration, combination and applications", Annals of Statistics 2021).
     """
     total_c, total_b = sum(canary.values()), sum(baseline.values())
-    logs = []
-    for name in canary.keys() | baseline.keys():
-        ours, theirs = Rate(canary.get(name, 0), total_c), Rate(baseline.get(name, 0), total_b)
-        logs += [worse(ours, theirs, margin), worse(theirs, ours, margin)]
-    return mean(logs, max(2 * classes, len(logs)))
+    if not total_c or not total_b:
+        return -math.inf
+    names, logs = canary.keys() | baseline.keys(), list[float]()
+    for name in names:
+        ours, theirs = canary.get(name, 0), baseline.get(name, 0)
+        # Without a visible difference `worse` says nothing; most classes are spared it.
+        if abs(ours / total_c - theirs / total_b) > margin:
+            one, other = Rate(ours, total_c), Rate(theirs, total_b)
+            logs += [worse(one, other, margin), worse(other, one, margin)]
+    return mean(logs, 2 * max(classes, len(names)))
 
 
-def any_above(rates: Sequence[Rate], groups: int, limit: float) -> float:
-    """Evidence against H0: the rate of none of `groups` groups is above `limit`. Groups without samples weigh too."""
-    bad = np.array([float(rate.bad) for rate in rates])
-    total = np.array([float(rate.total) for rate in rates])
-    return mean(_above(bad, total, limit).tolist(), max(groups, len(rates))) if rates else -math.inf
+def each_above(rates: Sequence[Rate], limit: float) -> list[float]:
+    """`above` of each rate, all at once."""
+    if not rates:
+        return []
+    bad, total = (np.array(counts, dtype=np.float64) for counts in zip(*((r.bad, r.total) for r in rates), strict=True))
+    logs: list[float] = _above(bad, total, limit).tolist()
+    return logs
 
 
 def mean(logs: Sequence[float], count: int) -> float:

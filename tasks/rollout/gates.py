@@ -199,14 +199,15 @@ def _disagreement(sides: Sides, limits: JudgeSettings) -> _Seen:
 
 
 def _class_disagreement(sides: Sides, limits: JudgeSettings) -> _Seen:
-    """Every answer of the champion by itself; the worst is named."""
+    """Every answer of the champion by itself; the worst is named, the evidence is the mean over all classes."""
     bound = limits.class_disagreement.margin
     rates = {name: Rate(differ, pairs) for name, (pairs, differ) in sides.canary.shadow_by_class.items() if pairs}
-    worst = max(rates, key=lambda name: anytime.above(rates[name], bound), default="")
+    evidence = dict(zip(rates, anytime.each_above(list(rates.values()), bound), strict=True))
+    worst = max(evidence, key=lambda name: evidence[name], default="")
     rate = rates.get(worst, Rate(0, 0))
     words = f'{rate.share:.1%} of {rate.total:,} photos that the champion calls "{worst}"'
     seen = _bounded(rate, bound, f"the canary gave another answer to {words}; {bound:.0%} is the limit")
-    together = anytime.any_above(list(rates.values()), sides.classes, bound)
+    together = anytime.mean(list(evidence.values()), max(sides.classes, len(evidence)))
     return _Seen(seen.value, seen.limit, seen.samples, together, seen.words, seen.interval)
 
 
@@ -224,8 +225,7 @@ def _class_mix(sides: Sides, limits: JudgeSettings) -> _Seen:
         return Rate(ours.get(name, 0), total), Rate(theirs.get(name, 0), other)
 
     def moved(name: str) -> float:
-        one, two = rates(name)
-        return abs(one.share - two.share)
+        return abs(ours.get(name, 0) / max(total, 1) - theirs.get(name, 0) / max(other, 1))
 
     most = max(sorted(ours.keys() | theirs.keys()), key=moved, default="")
     one, two = rates(most)

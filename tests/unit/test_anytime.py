@@ -16,9 +16,9 @@ from scipy import stats
 from tasks.rollout.anytime import (
     Rate,
     above,
-    any_above,
     below,
     difference_interval,
+    each_above,
     lost,
     mean,
     quantile_interval,
@@ -120,6 +120,11 @@ def test_answers_that_move_to_a_slower_bucket_never_speak_for_the_canary(
     assert slower(baseline, delayed, 0.99, 2.0) <= slower(baseline, canary, 0.99, 2.0) + ROUNDING
 
 
+@given(many=st.lists(rates(), max_size=6), limit=shares)
+def test_many_rates_at_once_are_each_read_as_alone(many: list[Rate], limit: float) -> None:
+    assert each_above(many, limit) == pytest.approx([above(rate, limit) for rate in many], abs=ROUNDING)
+
+
 # Symmetric under exchange ----------------------------------------------------------------------------------------
 
 
@@ -191,7 +196,7 @@ def readings(stream: Floats, looks: list[int]) -> Iterator[tuple[float, ...]]:
 @given(canary=rates(HUGE), baseline=rates(HUGE), margin=shares, limit=shares)
 def test_no_count_makes_the_evidence_overflow(canary: Rate, baseline: Rate, margin: float, limit: float) -> None:
     values = [above(canary, limit), below(canary, limit), worse(canary, baseline, margin)]
-    values.append(any_above([canary, baseline], 38, limit))
+    values += each_above([canary, baseline], limit)
     values.append(shifted({"a": canary.bad, "b": baseline.bad}, {"a": baseline.total}, 38, margin))
     values.append(lost(canary.bad, canary.total - canary.bad, canary.total + baseline.total, margin))
     assert all(not math.isnan(value) and value < math.inf for value in values)
@@ -230,7 +235,8 @@ def test_without_samples_nothing_is_known_and_nothing_is_said() -> None:
     some, none = dict.fromkeys(BOUNDS, 100), dict.fromkeys(BOUNDS, 0)
     for pair in ((none, some), (some, none), (none, none), ({}, some), (some, {}), ({}, {})):
         assert slower(*pair, 0.99, 2.0) == -math.inf
-    assert shifted({}, {}, 4, 0.1) == shifted({"a": 9}, {}, 4, 0.1) == any_above([], 4, 0.1) == -math.inf
+    assert shifted({}, {}, 4, 0.1) == shifted({"a": 9}, {}, 4, 0.1) == -math.inf
+    assert each_above([], 0.1) == []
     assert rate_interval(Rate(0, 0), 0.05) == (0.0, 1.0)
     assert difference_interval(Rate(0, 0), Rate(3, 9), 0.05) == (-1.0, 1.0)
     assert quantile_interval({}, 0.99, 0.05) == quantile_interval(none, 0.99, 0.05) == (0.0, math.inf)

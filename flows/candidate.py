@@ -12,6 +12,7 @@ from prefect import Task
 
 from configs.errors import IntegrityError
 from configs.training import TrainingConfig
+from flows.planning import foreseen
 from flows.session import ReleaseSession, baseline_wanted
 from flows.systems import requester, systems, work_folder
 from ml.dataset import Dataset
@@ -206,7 +207,8 @@ def plan_candidate(run_id: str, config: TrainingConfig, version: Version | None)
         version=str(next_version),
         champion=str(champion) if champion else None,
     )
-    return record, [*_build_sentences(config, version, champion), *plan.describe()]
+    sentences = [*_build_sentences(config, version, champion), *plan.describe()]
+    return record, [*sentences, *foreseen(connected, plan)]
 
 
 def _build_sentences(config: TrainingConfig, version: Version | None, champion: Version | None) -> list[str]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from configs.errors import ExternalError
 from configs.settings import Settings
+from flows.systems import Systems
 from tasks.cluster import Cluster, Track, TrackCounters
 from tasks.rollout.planner import warnings
 from tasks.rollout.procedure import Plan
 from tasks.rollout.supply import Setup, Traffic
 
 MEASURE_S = 3.0
+# A release is not held up for longer; this tells ten requests a second from a hundred.
+_BEFORE_RELEASE_S = 1.0
 
 
-def rollout_warnings(settings: Settings, cluster: Cluster, plan: Plan, *, seconds: float = MEASURE_S) -> list[str]:
+def rollout_warnings(
+    settings: Settings, cluster: Cluster, plan: Plan, *, seconds: float = _BEFORE_RELEASE_S
+) -> list[str]:
     """What a person should know before this rollout starts; empty when every stated harm would be seen in time.
 
     Looks at the gateway for `seconds`, to know its traffic.
@@ -30,6 +36,14 @@ def rollout_warnings(settings: Settings, cluster: Cluster, plan: Plan, *, second
     return warnings(
         Setup(settings.canary, settings.judge, settings.harms, traffic, classes=plan.classes, baseline=plan.baseline)
     )
+
+
+def foreseen(connected: Systems, plan: Plan) -> list[str]:
+    """`rollout_warnings` where a forecast must not be what stops somebody."""
+    try:
+        return rollout_warnings(connected.settings, connected.cluster, plan)
+    except ExternalError as error:
+        return [f"what this rollout can see is not known: {error}"]
 
 
 def expected_traffic(settings: Settings, users_per_s: float) -> Traffic | None:

@@ -17,6 +17,7 @@ from configs.settings import PROJECT_ROOT
 from configs.training import TrainingConfig
 from flows import hooks, reporting
 from flows.candidate import Candidate, build_candidate, plan_candidate
+from flows.planning import foreseen
 from flows.session import ReleaseSession, open_session, run_tail
 from ml.version import Version
 from tasks.progress import report
@@ -111,6 +112,8 @@ def try_on_traffic(session: ReleaseSession, rollout: Rollout, candidate: Candida
             floor = session.systems.settings.gate.min_accuracy
             return session.note(session.run("smoke test", smoke_test, rollout, labels, floor))
     session.ensure_champion_serves(rollout.plan)
+    for sentence in foreseen(session.systems, rollout.plan):
+        session.say(sentence, "warning")
     session.run("deploy canary", deploy_canary, rollout)
     with session.replay(candidate) as labels:
         for weight in rollout.plan.steps:

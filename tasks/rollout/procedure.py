@@ -246,9 +246,9 @@ class Rollout:
                 raise
 
     def _remove_guests(self) -> None:
+        """Canary and baseline go; a baseline that another rollout left behind does too."""
         self.cluster.remove(Track.canary)
-        if self.plan.baseline:
-            self.cluster.remove(Track.baseline)
+        self.cluster.remove(Track.baseline)
 
     def _stage(self, weight: float, before: int, elapsed_s: float, floor: float | None = None) -> Stage:
         needed = self.canary.shadow_requests if weight == 0 else self.canary.min_samples

@@ -18,10 +18,13 @@ QUICK = "dataset: leaves\nbudget: {epochs: 2}\npx: 32\nbatch_size: 64\noptimizer
 LENIENT = {
     "KHET_GATE__MIN_ACCURACY": "0",
     "KHET_GATE__ACCURACY_MARGIN": "1",
+    "KHET_GATE__SIGNIFICANCE": "0",
     "KHET_GATE__MISSED_DISEASE_MARGIN": "1",
     "KHET_GATE__MAX_ECE": "1",
-    "KHET_JUDGE__MAX_DISAGREEMENT": "1",
-    "KHET_JUDGE__ACCURACY_MARGIN": "1",
+    "KHET_JUDGE__DISAGREEMENT__MARGIN": "1",
+    "KHET_JUDGE__CLASS_DISAGREEMENT__MARGIN": "1",
+    "KHET_JUDGE__CLASS_MIX__MARGIN": "1",
+    "KHET_JUDGE__ACCURACY__MARGIN": "1",
 }
 
 STAGES = ["check data", "train", "export", "evaluate", "gate", "publish", "deploy canary", "canary shadow",

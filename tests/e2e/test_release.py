@@ -7,16 +7,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
-from onnx import helper
 
 from configs.settings import load_settings
-from ml.lineage import collect_lineage
 from ml.objects import ObjectStore
 from ml.version import Version
-from tasks.registry import Registry
 from tests.support.local_stack import LocalStack, aws, wait_until
+from tests.support.variants import publish_variant, rotate_answers
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -55,7 +52,12 @@ def test_the_stages_are_recorded_and_the_report_stands_alone(served: LocalStack)
     assert [s["name"] for s in record["stages"]][:4] == ["check data", "train", "export", "evaluate"]
     assert record["intent"] is None
     listed = aws(served, "s3", "ls", f"s3://khet-guard-models/releases/{record['release_id']}/")
-    assert {line.split()[-1] for line in listed} == {"journal.json", "report.html", "timeline.png"}
+    assert {line.split()[-1] for line in listed} == {
+        "journal.json",
+        "report.html",
+        "timeline.png",
+        "evidence.png",
+    }
     html = (served.home / "reports" / f"{record['release_id']}.html").read_text()
     assert record["version"] in html
     assert 'src="http' not in html
@@ -86,48 +88,10 @@ def test_a_bad_challenger_stops_at_the_gate(served: LocalStack, bad: Path) -> No
     assert served.releases()[-1]["outcome"] == "gated"
 
 
-def publish_variant(stack: LocalStack, monkeypatch: pytest.MonkeyPatch, folder: Path, *, rotate: bool) -> str:
-    """Publish the serving model again, with its answers rotated by one class if wanted."""
-    monkeypatch.setenv("KHET_HOME", str(stack.home))
-    settings = load_settings()
-    registry = Registry.from_settings(settings)
-    production = registry.alias("production")
-    assert production is not None
-    source = registry.fetch(production.version, folder / "source").manifest
-    for name in source.files:
-        target = folder / "variant" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((folder / "source" / name).read_bytes())
-    if rotate:
-        rotate_answers(folder / "variant" / "model.onnx")
-    version = registry.reserve(owner=folder.name)
-    lineage = collect_lineage(
-        config={}, seed=0, dataset="leaves", dataset_hash=source.lineage.dataset_hash, release_id=folder.name
-    )
-    registry.publish(version, folder / "variant", lineage=lineage, metrics=source.metrics, created_by="test")
-    return str(version)
-
-
-def rotate_answers(path: Path) -> None:
-    """Give every class the probability of its neighbour: a model that is always sure and always wrong."""
-    model = onnx.load(str(path))
-    for node in model.graph.node:
-        node.output[:] = [f"{name}_right" if name in ("probs", "logits") else name for name in node.output]
-        node.input[:] = [f"{name}_right" if name in ("probs", "logits") else name for name in node.input]
-    for name in ("probs", "logits"):
-        split = helper.make_node("Split", [f"{name}_right", f"{name}_sizes"], [f"{name}_a", f"{name}_b"], axis=1)
-        classes = next(o for o in model.graph.output if o.name == name).type.tensor_type.shape.dim[1].dim_value
-        sizes = helper.make_tensor(f"{name}_sizes", onnx.TensorProto.INT64, [2], [1, classes - 1])
-        model.graph.initializer.append(sizes)
-        model.graph.node.append(split)
-        model.graph.node.append(helper.make_node("Concat", [f"{name}_b", f"{name}_a"], [name], axis=1))
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
-
-
 LENIENT_GATE = {
     "KHET_GATE__MIN_ACCURACY": "0",
     "KHET_GATE__ACCURACY_MARGIN": "1",
+    "KHET_GATE__SIGNIFICANCE": "0",
     "KHET_GATE__MISSED_DISEASE_MARGIN": "1",
     "KHET_GATE__MAX_ECE": "1",
 }
@@ -137,8 +101,8 @@ LENIENT_GATE = {
     ("name", "faults", "shadow", "word"),
     [
         ("wrong-in-shadow", None, "80", "another answer than the champion"),
-        ("wrong", None, "0", "labelled probes"),
-        ("slow", {"latency_ms": 300}, "0", "slower than"),
+        ("wrong", None, "0", "labelled images"),
+        ("slow", {"latency_ms": 300}, "0", "took over 250 ms"),
         ("failing", {"error_share": 0.1}, "80", "with an error"),
     ],
 )
@@ -153,7 +117,7 @@ def test_a_bad_canary_is_rolled_back_for_its_own_reason(
 ) -> None:
     folder = tmp_path / name
     folder.mkdir()
-    version = publish_variant(served, monkeypatch, folder, rotate=faults is None)
+    version = publish_variant(served, monkeypatch, folder, change=rotate_answers if faults is None else None)
     served.set_faults({version: faults} if faults else {})
     before = served.traffic()
     # A failing canary is seen the sooner the more it is asked; ten percent of forty may be luck.
@@ -220,7 +184,7 @@ def test_a_tampered_model_is_refused_by_the_registry_and_never_served(
 ) -> None:
     folder = tmp_path / "tampered"
     folder.mkdir()
-    version = publish_variant(served, monkeypatch, folder, rotate=False)
+    version = publish_variant(served, monkeypatch, folder)
     store = ObjectStore(load_settings().object_store)
     data = bytearray(store.get("khet-guard-models", f"{version}/model.onnx"))
     data[len(data) // 2] ^= 0xFF

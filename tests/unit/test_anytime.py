@@ -395,10 +395,10 @@ def tolerated(streams: int) -> int:
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
 def test_the_interval_of_a_rate_holds_it_at_all_looks(share: float) -> None:
-    streams, missed = 60, 0
+    streams, looks, missed = 40, LOOKS[2::2], 0
     counts = np.cumsum(np.random.default_rng(7).random((streams, LOOKS[-1])) < share, axis=1)
     for row in counts:
-        ends = [rate_interval(Rate(int(row[look - 1]), look), ALPHA) for look in LOOKS]
+        ends = [rate_interval(Rate(int(row[look - 1]), look), ALPHA) for look in looks]
         missed += not all(low <= share <= high for low, high in ends)
         assert all(low <= high for low, high in ends)
     assert missed <= tolerated(streams)
@@ -423,7 +423,7 @@ def heavy(rng: np.random.Generator, count: int, scale_ms: float) -> Floats:
 
 
 def test_the_interval_of_a_quantile_holds_it_at_all_looks_under_a_heavy_tail() -> None:
-    streams, true_ms, missed = 120, 8.0 * 0.1 ** (-1 / 1.2), 0
+    streams, true_ms, missed = 60, 8.0 * 0.1 ** (-1 / 1.2), 0
     for seed in range(streams):
         latencies = heavy(np.random.default_rng(seed), LOOKS[-1], 8.0)
         ends = [quantile_interval(cumulative(latencies[:look]), 0.9, ALPHA) for look in LOOKS]

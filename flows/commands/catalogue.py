@@ -18,7 +18,7 @@ from tasks.rollout import journal
 from tasks.rollout.journal import PREFIX, ReleaseRecord
 from tasks.rollout.looks import last_verdict
 
-_WHY = 160  # characters of a reason in a table
+_WHY = 120  # characters of a reason in a table
 # The whole table of gates needs this many characters; a narrower terminal gets what fits into 80 of them.
 _WIDE = 115
 _NARROW_COLUMNS = frozenset({"gate", "result", "value", "champion", "limit", "evidence"})

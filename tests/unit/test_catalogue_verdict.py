@@ -58,4 +58,4 @@ def test_a_release_that_met_no_traffic_says_its_own_reason_and_briefly() -> None
     gated = record(outcome="gated", reasons=("accuracy is 60.0%", "at least 80.0% is asked for " * 20))
     assert catalogue.why(gated).startswith("accuracy is 60.0%; at least")
     assert catalogue.why(gated).endswith(" …")
-    assert len(catalogue.why(gated)) <= 160
+    assert len(catalogue.why(gated)) <= 120

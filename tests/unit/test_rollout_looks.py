@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from configs.areas import JudgeSettings
+from tasks.audit import AuditRecord
 from tasks.rollout.looks import MOST_LOOKS, Kept, last_verdict, to_json, with_look
 from tasks.rollout.policy import judge
 from tasks.rollout.procedure import Look
@@ -126,3 +127,16 @@ def test_records_of_other_days_are_read(look: dict[str, Any]) -> None:
 
 def test_a_record_without_looks_has_no_verdict() -> None:
     assert last_verdict(()) is None
+
+
+def test_a_verdict_goes_into_the_audit_log_whole_and_as_strict_json() -> None:
+    entry = AuditRecord(
+        at=BEGAN, actor="priya", action="judge", subject="v1.3.0", plan=HARMFUL.to_json(), outcome="done"
+    )
+    kept_plan = json.loads(entry.model_dump_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))[
+        "plan"
+    ]
+    assert kept_plan["sentence"] == HARMFUL.sentence
+    assert {gate["name"] for gate in kept_plan["gates"]} == {reading.name for reading in HARMFUL.readings}
+    errors = next(gate for gate in kept_plan["gates"] if gate["name"] == "errors")
+    assert errors["log_evidence"] > errors["log_threshold"]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tasks.rollout import anytime
 from tasks.rollout.anytime import (
     Rate,
     above,
@@ -159,6 +160,13 @@ def test_a_shift_of_the_class_mix_counts_in_both_directions(
     assert shifted(*mix, 4, margin) == pytest.approx(shifted(*reversed(mix), 4, margin), abs=ROUNDING)
 
 
+@given(mix=st.tuples(*[st.dictionaries(st.sampled_from("abcd"), totals, min_size=1)] * 2))
+@settings(deadline=None, max_examples=40)
+def test_classes_that_nobody_named_weigh_too(mix: tuple[dict[str, int], dict[str, int]]) -> None:
+    expected = shifted(*mix, 4, 0.05) - math.log(10.0)
+    assert shifted(*mix, 40, 0.05) == pytest.approx(expected, abs=ROUNDING)
+
+
 # Looks -----------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +299,23 @@ def test_the_expectation_of_the_evidence_of_a_worse_canary_is_at_most_1_at_every
             assert binomial(canary, ours) @ evidence @ binomial(baseline, theirs) <= 1 + ROUNDING
 
 
+@pytest.mark.parametrize(
+    "canary, baseline", [((2500, 4000), (2100, 4000)), ((900, 4000), (14, 100)), ((40, 90), (1000, 5000))]
+)
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_the_evidence_of_a_worse_canary_is_never_above_the_product_at_any_rate_of_the_baseline(
+    canary: tuple[int, int], baseline: tuple[int, int], margin: float
+) -> None:
+    """Between the points of the grid too, which is what makes it true evidence whatever that rate is."""
+    ours, theirs = Rate(*canary), Rate(*baseline)
+    rates = np.geomspace(0.05, 0.9, 1_500)
+    factors, weights = np.array(anytime._FALLS).T
+    mixed = np.log(weights / weights.sum())[:, None] + np.log(factors)[:, None] * theirs.bad
+    under = np.logaddexp.reduce(mixed - theirs.total * np.log1p(rates * (factors[:, None] - 1.0)))
+    over = [above(ours, rate + margin) for rate in rates]
+    assert worse(ours, theirs, margin) <= (np.array(over) + under).min() + ROUNDING
+
+
 @pytest.mark.parametrize("pairs", [1, 5, 30])
 @pytest.mark.parametrize("margin", [0.0, 0.01, 0.2])
 def test_the_expectation_of_the_evidence_of_lost_accuracy_is_at_most_1_for_every_share_of_discordant_pairs(
@@ -415,6 +440,19 @@ def test_the_interval_of_a_difference_holds_it_at_all_looks(ours: float, theirs:
         ends = [difference_interval(Rate(int(one[n - 1]), n), Rate(int(other[n - 1]), n), ALPHA) for n in looks]
         missed += not all(low <= ours - theirs <= high for low, high in ends)
     assert missed <= tolerated(streams)
+
+
+@settings(deadline=None, max_examples=20)
+@given(canary=rates(), baseline=rates(), alpha=st.floats(0.001, 0.5))
+def test_an_interval_ends_where_its_evidence_reaches_its_half_of_alpha(
+    canary: Rate, baseline: Rate, alpha: float
+) -> None:
+    threshold, hair = math.log(2.0 / alpha), 1e-7
+    low, high = rate_interval(canary, alpha)
+    assert low == 0.0 or above(canary, low - hair) >= threshold > above(canary, low + hair)
+    assert high == 1.0 or below(canary, high + hair) >= threshold > below(canary, high - hair)
+    low, _ = difference_interval(canary, baseline, alpha)
+    assert low == -1.0 or worse(canary, baseline, low - hair) >= threshold > worse(canary, baseline, low + hair)
 
 
 def heavy(rng: np.random.Generator, count: int, scale_ms: float) -> Floats:

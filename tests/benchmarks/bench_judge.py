@@ -1,7 +1,7 @@
 """The canary's judge by simulation: false aborts, requests until harm is seen, beside other rules; and its speed.
 
-`python -m tests.benchmarks.bench_judge` (about 4 minutes on one idle core). Every cell is `ROLLOUTS` seeded rollouts, looked at
-after every single request; the product's functions decide. Intervals are Wilson's, 95 %.
+`python -m tests.benchmarks.bench_judge` (3 minutes on one core). Every cell is at least `ROLLOUTS` seeded rollouts,
+looked at after every single request; the product's functions decide. Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class JudgeSettings(Area):
         default=GateRule(margin=0.20), description="Share of each class among the answers, in both directions."
     )
     accuracy: GateRule = Field(
-        default=GateRule(margin=0.02), description="Wrong answers to labelled images that both versions answered."
+        default=GateRule(margin=0.01), description="Wrong answers to labelled images that both versions answered."
     )
     first_error_rate: Probability = Field(
         default=0.02, description="Limit on errors of a first version, which has no champion to be compared with."

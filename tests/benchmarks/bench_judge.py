@@ -319,7 +319,8 @@ def _rolled_back(rng: np.random.Generator) -> bool:
     paired, seen = np.zeros(3, dtype=np.int64), 0
     for look in _LOOKS:
         canary, baseline = canary + _served(look - seen, 1, 1.0, rng), baseline + _served(look - seen, 9, 0.0, rng)
-        paired, seen = paired + rng.multinomial(look - seen, (0.04, 0.02, 0.94)), look
+        lost = 0.02 + LIMITS.accuracy.margin
+        paired, seen = paired + rng.multinomial(look - seen, (lost, 0.02, 0.98 - lost)), look
         stage = Stage(0.1, 10 * _LOOKS[-1], False, 0.0, 60.0, classes=_MIX.size)
         pairs = Paired(look, int(paired[0]), int(paired[1]), int(paired[2]))
         verdict = judge(_evidence(canary, look), _evidence(baseline, 9 * look), pairs, stage, LIMITS)

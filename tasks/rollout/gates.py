@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -111,6 +111,22 @@ def _reading(name: str, seen: _Seen, limits: JudgeSettings, threshold: float, *,
         rule.dry_run,
         seen.reference,
     )
+
+
+def harm_shown(critical: Sequence[GateReading], gates: int, alpha: float) -> tuple[str, ...]:
+    """The sentences of the gates that show harm: each by itself, or else the mean of all `gates` (those that say
+    nothing yet count as zero). Empty where there is none."""
+    if broken := tuple(reading.sentence for reading in critical if reading.ok is False):
+        return broken
+    together, needed = anytime.mean([_log(reading) for reading in critical], gates), -math.log(alpha)
+    if together < needed:
+        return ()
+    summary = f"evidence {odds(together)} against a threshold of {odds(needed)}"
+    return (f"no gate shows harm alone, all together do: {summary}", max(critical, key=_log).sentence)
+
+
+def _log(reading: GateReading) -> float:
+    return -math.inf if reading.log_evidence is None else reading.log_evidence
 
 
 def odds(log_evidence: float) -> str:

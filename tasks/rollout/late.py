@@ -17,7 +17,7 @@ from typing import Final, Literal
 from configs.areas import ReviewSettings
 from tasks.rollout import anytime
 from tasks.rollout.anytime import Rate
-from tasks.rollout.gates import odds
+from tasks.rollout.gates import harm_shown, odds
 from tasks.rollout.verdict import Decision, GateReading, Verdict
 
 ACCURACY: Final = "late accuracy"
@@ -215,7 +215,7 @@ _READERS: Final[Mapping[str, Callable[[_Case], GateReading]]] = {
 
 def _decide(readings: Sequence[GateReading], case: _Case, *, closed: bool) -> tuple[Decision, tuple[str, ...]]:
     read = [reading for reading in readings if reading.ok is not None]
-    if harm := _harm([reading for reading in read if reading.critical], len(readings), case.limits):
+    if harm := harm_shown([reading for reading in read if reading.critical], len(readings), case.limits.alpha):
         return Decision.rollback, harm
     if doubts := tuple(reading.sentence for reading in read if reading.ok is False):
         return Decision.inconclusive, (*doubts, case.no_return)
@@ -226,21 +226,6 @@ def _decide(readings: Sequence[GateReading], case: _Case, *, closed: bool) -> tu
     span = "its whole review" if closed else "its review so far"
     calm = f"{seen:,} labelled answers of {version} show no harm in {span}"
     return (Decision.promote if closed else Decision.wait), (calm,)
-
-
-def _harm(critical: Sequence[GateReading], gates: int, limits: ReviewSettings) -> tuple[str, ...]:
-    """The sentences of the gates that show harm, alone or together."""
-    if broken := tuple(reading.sentence for reading in critical if reading.ok is False):
-        return broken
-    together, needed = anytime.mean([_log(reading) for reading in critical], gates), -math.log(limits.alpha)
-    if together < needed:
-        return ()
-    summary = f"no gate shows harm alone, all together do: evidence {odds(together)} against {odds(needed)}"
-    return (summary, max(critical, key=_log).sentence)
-
-
-def _log(reading: GateReading) -> float:
-    return -math.inf if reading.log_evidence is None else reading.log_evidence
 
 
 def _numbers(current: Labelled, previous: Labelled | None, promise: Promise) -> dict[str, float]:

@@ -9,11 +9,8 @@ rollout, however often and whenever it is looked at.
 
 from __future__ import annotations
 
-import math
-
 from configs.areas import JudgeSettings
-from tasks.rollout import anytime
-from tasks.rollout.gates import Sides, gate_names, odds, read
+from tasks.rollout.gates import Sides, gate_names, harm_shown, read
 from tasks.rollout.verdict import Decision, Evidence, GateReading, Paired, Stage, Verdict
 
 
@@ -47,7 +44,7 @@ def _decide(
         return Decision.rollback, (broken,)
     counted = [reading for reading in readings if reading.counts and reading.ok is not None]
     critical = [reading for reading in counted if reading.critical]
-    if harm := _harm(critical, readings, limits):
+    if harm := harm_shown(critical, sum(reading.counts for reading in readings), limits.alpha):
         return Decision.rollback, harm
     seen = _samples(sides, stage) - stage.seen_before
     if seen < stage.needed:
@@ -65,25 +62,6 @@ def _guard(stage: Stage, limits: JudgeSettings) -> str:
     if recent.total >= limits.hard_error_requests and recent.bad == recent.total:
         return f"the canary answered each of its last {recent.total:,} requests with an error"
     return ""
-
-
-def _harm(critical: list[GateReading], readings: tuple[GateReading, ...], limits: JudgeSettings) -> tuple[str, ...]:
-    """The sentences of the gates that show harm, or of all of them together."""
-    if broken := tuple(reading.sentence for reading in critical if reading.ok is False):
-        return broken
-    number = sum(reading.counts for reading in readings)
-    together = anytime.mean([_log(reading) for reading in critical], number)
-    if together < -math.log(limits.alpha):
-        return ()
-    most = max(critical, key=_log)
-    summary = (
-        f"no gate shows harm alone, all together do: evidence {odds(together)} against {odds(-math.log(limits.alpha))}"
-    )
-    return (summary, most.sentence)
-
-
-def _log(reading: GateReading) -> float:
-    return -math.inf if reading.log_evidence is None else reading.log_evidence
 
 
 def _samples(sides: Sides, stage: Stage) -> int:

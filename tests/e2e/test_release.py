@@ -153,10 +153,13 @@ def test_a_version_that_never_served_is_no_rollback_target(served: LocalStack) -
 
 
 @pytest.mark.parametrize("answer", ["yes", "no"])
-def test_ask_waits_for_a_person(served: LocalStack, good: Path, answer: str) -> None:
+def test_ask_waits_for_a_person(
+    served: LocalStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    version = publish_variant(served, monkeypatch, tmp_path)
     before = served.production()
     known = {r["release_id"] for r in served.releases()}
-    process = served.begin("release", "--config", str(good), "--ask")
+    process = served.begin("release", "--version", version, "--data", "leaves", "--ask")
 
     def waiting() -> dict[str, Any] | None:
         assert process.poll() is None, "the release ended without asking"
@@ -196,11 +199,14 @@ def test_a_tampered_model_is_refused_by_the_registry_and_never_served(
     assert served.traffic() == before
 
 
-def test_the_worker_runs_a_release_from_the_ui(served: LocalStack, good: Path) -> None:
+def test_the_worker_runs_a_release_from_the_ui(
+    served: LocalStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish_variant(served, monkeypatch, tmp_path)
     served.khet("deploy")
     api = served.settings()["orchestrator"]["api_url"]
     deployment = json.loads(curl(f"{api}/deployments/name/release/release"))
-    body = json.dumps({"parameters": {"config": str(good)}})
+    body = json.dumps({"parameters": {"version": version, "data": "leaves"}})
     run = json.loads(
         curl(
             "-H", "Content-Type: application/json", "-d", body, f"{api}/deployments/{deployment['id']}/create_flow_run"
@@ -212,4 +218,4 @@ def test_the_worker_runs_a_release_from_the_ui(served: LocalStack, good: Path) -
         return state["type"] if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
 
     assert wait_until("the run ends", ended, timeout_s=300, poll_s=1.0) == "COMPLETED"
-    assert served.releases()[-1]["outcome"] == "promoted"
+    assert (served.releases()[-1]["outcome"], served.production()) == ("promoted", version)

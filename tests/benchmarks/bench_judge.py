@@ -266,7 +266,7 @@ def _accuracy(rng: np.random.Generator) -> list[Promise]:
         f"Accuracy, at most {_PAIRS:,} labelled images", "threshold", "margin, points", "both wrong on", *columns
     )
     promises = list[Promise]()
-    for margin in (_POINT, LIMITS.accuracy.margin):
+    for margin in dict.fromkeys((_POINT, LIMITS.accuracy.margin)):
         for name, threshold in THRESHOLDS.items():
             for both in ("independent", "2.5 %", "nested"):
                 found = [
@@ -401,7 +401,8 @@ def _look(sides: Sides) -> Verdict:
 def _long_rollout(requests: int) -> Sides:
     """Everything counted; the canary a hair beyond each margin, so that no gate is spared its arithmetic."""
     harmful, baseline = _side(requests, 1.0), _side(9 * requests, 0.0)
-    pairs = Paired(requests // 10, requests // 200, requests // 260, requests // 11)
+    images, wins = requests // 10, requests // 260
+    pairs = Paired(images, wins + math.floor(LIMITS.accuracy.margin * images) + 1, wins, requests // 11)
     return Sides(harmful, baseline, baseline, pairs, classes=len(CLASSES))
 
 

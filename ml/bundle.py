@@ -115,7 +115,8 @@ def check_name(name: str) -> None:
     """Refuse a name that could leave the version's folder or stand for the manifest itself (ValueError)."""
     path = PurePosixPath(name)
     plain = str(path) == name and not path.is_absolute() and "\\" not in name and name.isprintable()
-    if not plain or any(part in ("", ".", "..") or part.startswith(".") for part in path.parts):
+    # The folder itself, ".", has no parts.
+    if not plain or not path.parts or any(part.startswith(".") for part in path.parts):
         raise ValueError(f"{name!r} is not a plain relative path")
     if name in (MANIFEST, SIGNATURE):
         raise ValueError(f"{name!r} may not list itself")

@@ -7,7 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples each time: a commit that passed does not fail later by luck. HYPOTHESIS_PROFILE=explore looks further.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("explore", max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Before anything imports prefect: tests never talk to a person's server, and never phone home.
 for _name in [n for n in os.environ if n.startswith(("KHET_", "PREFECT_")) and not n.startswith("KHET_TEST_")]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# The same examples each time: a commit that passed does not fail later by luck. HYPOTHESIS_PROFILE=explore looks further.
+# The same examples each time: a commit that passed fails by no later luck. HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.register_profile("explore", max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -110,7 +110,8 @@ class Cluster(Protocol):
         mirror: Mapping[Track, float] | None = None,
         lease_s: float | None = None,
     ) -> None:
-        """Send these shares of traffic; `mirror` copies a share of requests to a track and compares the answers.
+        """Send these shares of traffic; `mirror` copies a share of requests to a track and compares the answers. No
+        weights, where only stable is deployed: nobody is served, and stable can be removed.
 
         With `lease_s`, all traffic returns to `stable` and mirroring stops unless `renew_lease` is called in time: the
         cluster itself guards users from an unjudged canary when the flow dies.

@@ -323,6 +323,13 @@ def test_a_track_with_traffic_cannot_be_removed_and_one_without_can_twice(canari
     assert CANARY not in canaried.cluster.status().versions
 
 
+def test_a_first_version_can_be_taken_away_again(served):
+    served.cluster.set_weights({})
+    served.cluster.remove(STABLE)
+    assert served.cluster.status().versions == {}
+    assert served.predict().status_code == 503
+
+
 def test_a_promotion_ends_with_one_track(canaried):
     canaried.cluster.set_weights({STABLE: 0.5, CANARY: 0.5}, lease_s=30)
     canaried.serve(STABLE, V2)

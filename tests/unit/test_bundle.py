@@ -92,8 +92,8 @@ def test_other_timezones_mean_the_same_moment() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "/etc/passwd", "../up", "a/../../b", "a//b", "./a", ".hidden", "a/.reserved", "a\\b", "a\nb", "a/", MANIFEST,
-     SIGNATURE],
+    ["", ".", "/etc/passwd", "../up", "a/../../b", "a//b", "./a", ".hidden", "a/.reserved", "a\\b", "a\nb", "a/",
+     MANIFEST, SIGNATURE],
 )  # fmt: skip
 def test_a_name_that_could_leave_the_folder_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"plain relative path|may not list itself"):

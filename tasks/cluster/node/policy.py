@@ -33,14 +33,16 @@ def deploy(old: Desired, track: Track, version: str, replicas: int) -> Desired:
 def set_weights(
     old: Desired, weights: Mapping[Track, float], mirror: Mapping[Track, float], lease_until: datetime | None
 ) -> Desired:
-    """Replace weights, mirroring and lease as one.
+    """Replace weights, mirroring and lease as one. No weights: nobody is served; with guests
+    beside stable that is an error.
 
     Raises:
         ConfigError: the weights do not sum to 1, or name a track that is not deployed.
     """
     shares = {track: share for track, share in weights.items() if share > 0}
     copies = {track: share for track, share in mirror.items() if share > 0}
-    if abs(sum(shares.values()) - 1.0) > _SUM_TOLERANCE:
+    nobody = not shares and set(old.tracks) <= {Track.stable}
+    if not nobody and abs(sum(shares.values()) - 1.0) > _SUM_TOLERANCE:
         raise ConfigError(f"weights sum to {sum(shares.values()):g}, not to 1. The traffic is as it was.")
     for track in (*shares, *copies):
         _deployed(old, track)

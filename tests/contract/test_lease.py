@@ -181,8 +181,8 @@ def test_a_with_block_renews_by_itself_and_releases(store: ObjectStore, name: st
 def test_a_failing_with_block_releases_too(store: ObjectStore, name: str) -> None:
     with pytest.raises(RuntimeError, match="boom"), Lease.acquire(store, BUCKET, name, "a", TTL_S):
         raise RuntimeError("boom")
-    with Lease.acquire(store, BUCKET, name, "b", TTL_S):
-        pass
+    with Lease.acquire(store, BUCKET, name, "b", TTL_S) as lease:
+        assert lease.token == 2
 
 
 def test_a_holder_notices_that_it_was_superseded(store: ObjectStore, name: str) -> None:

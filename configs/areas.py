@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import (
+    Field,
+    IPvAnyAddress,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 from configs.base import Area, Probability, Share
 
@@ -54,6 +64,9 @@ class OrchestratorSettings(Area):
         default=None, description="user:password of the API. None: the API asks for none."
     )
     work_pool: str = Field(default="default", description="Work pool of the deployments.")
+    train_pool: str | None = Field(
+        default=None, description="Work pool of the deployment `train`, whose runs need GPUs. None: work_pool."
+    )
     heartbeat_s: PositiveInt = Field(
         default=30, description="Heartbeat of flow runs; three missed ones mark a run crashed."
     )
@@ -103,10 +116,65 @@ class RegistrySettings(Area):
     )
 
 
+class KubernetesSettings(Area):
+    """A Kubernetes cluster, and the pods that serve there. Quantities are Kubernetes' own (500m, 1Gi)."""
+
+    kubeconfig: Path | None = Field(
+        default=None, description="None: the pod's own service account, else what kubectl would use."
+    )
+    context: str | None = Field(default=None, description="Context of the kubeconfig. None: its current one.")
+    namespace: str = Field(default="khet-guard", description="Everything of the service is in this namespace.")
+    service: str = Field(
+        default="ml-service", description="Deployment and Service of users' traffic; names of the others begin with it."
+    )
+    image: str = Field(default="ghcr.io/khet-guard/serving:v0.1.0", description="Image that replicas run.")
+    command: tuple[str, ...] = Field(default=(), description="Program in the image. Empty: the image's entry point.")
+    pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field(
+        default="IfNotPresent", description="When nodes pull the image."
+    )
+    pull_secret: str | None = Field(default=None, description="Secret to pull with. None: the node's own credentials.")
+    service_account: str | None = Field(
+        default=None, description="Of the replicas, without a token in them. None: the namespace's default."
+    )
+    config_map: str = Field(
+        default="ml-service", description="Mounted at /etc/khet where it exists; its settings.yaml is the replicas'."
+    )
+    object_store_secret: str = Field(
+        default="ml-secrets",
+        description="Secret whose keys object-store-access-key and object-store-secret-key the replicas get, if any.",
+    )
+    requests: dict[str, str] = Field(
+        default={"cpu": "250m", "memory": "512Mi"}, description="What a replica is promised; `room` counts by it."
+    )
+    limits: dict[str, str] = Field(default={"cpu": "2", "memory": "1Gi"}, description="What a replica may use at most.")
+    traffic: Literal["auto", "gateway-api", "replica-ratio"] = Field(
+        default="auto",
+        description="Who splits traffic. auto: the Gateway API where `gateway` is set and the cluster serves it, "
+        "else the number of pods behind the Service.",
+    )
+    gateway: str | None = Field(
+        default=None, description="Gateway that the HTTPRoute attaches to, NAME or NAMESPACE/NAME. None: there is none."
+    )
+    metrics_from: Literal["auto", "pods", "api-server"] = Field(
+        default="auto",
+        description="Where replicas' /metrics are read. auto: from the pods inside the cluster, else through the API "
+        "server.",
+    )
+    field_manager: str = Field(default="khet-pipelines", description="Owner of the fields that are set here.")
+    pre_stop_s: PositiveInt = Field(
+        default=5, description="A pod that ends goes on serving for so long, until nobody sends it requests any more."
+    )
+
+
 class ClusterSettings(Area):
     """Where replicas run, and how patient the flows are with them."""
 
-    backend: Literal["local-node"] = Field(default="local-node", description="Adapter that runs replicas.")
+    backend: Literal["local-node", "kubernetes"] = Field(
+        default="local-node", description="Adapter that runs replicas."
+    )
+    kubernetes: KubernetesSettings = Field(
+        default=KubernetesSettings(), description="The cluster of backend=kubernetes."
+    )
     node_url: str | None = Field(
         default=None, description="Control API of the local node. None: no node is configured."
     )
@@ -114,6 +182,11 @@ class ClusterSettings(Area):
     gateway_url: str | None = Field(default=None, description="Address that clients send predictions to.")
     replicas: PositiveInt = Field(default=1, description="Replicas of the stable track.")
     canary_replicas: PositiveInt = Field(default=1, description="Replicas of the canary track.")
+    keep_previous_s: NonNegativeInt = Field(
+        default=0,
+        description="After a promotion the version before is kept ready on replicas without traffic for so long: a "
+        "rollback to it takes seconds. It costs as many replicas again. 0: not kept.",
+    )
     ready_timeout_s: PositiveFloat = Field(default=90.0, description="A replica that is not ready by then has failed.")
     call_timeout_s: PositiveFloat = Field(default=10.0, description="Time for one control call.")
     replica_command: tuple[str, ...] = Field(
@@ -348,6 +421,25 @@ class DataSettings(Area):
     split_seed: int = Field(default=0, description="Seed of the split.")
 
 
+class TrainingSettings(Area):
+    """Where a release trains, and how its training survives the loss of the machine."""
+
+    where: Literal["here", "deployment"] = Field(
+        default="here",
+        description="here: in the release's own process and folder. deployment: as a run of the deployment "
+        "`train`, in orchestrator.train_pool, whose state and result travel through the object store.",
+    )
+    attempts: PositiveInt = Field(
+        default=4,
+        description="Runs of the deployment that a release starts at most, where its pods are evicted or crash. Each "
+        "goes on from the last one's checkpoint.",
+    )
+    checkpoint_every_s: NonNegativeFloat = Field(
+        default=30.0, description="Least time between two checkpoints that are sent to the object store."
+    )
+    poll_s: PositiveFloat = Field(default=2.0, description="Time between two looks at a training that runs elsewhere.")
+
+
 class TrackingSettings(Area):
     """Weights & Biases. A failing tracker never fails a flow."""
 
@@ -382,6 +474,19 @@ class StackSettings(Area):
         "machine SQLite answers 503 (database is locked) and loses events. Without it, or by choice: sqlite.",
     )
     prefect_auth: bool = Field(default=False, description="Ask for a generated password on the Prefect API and UI.")
+    listen: IPvAnyAddress | None = Field(
+        default=None,
+        description="One more address of this machine where object store, PostgreSQL and Prefect are reached, for pods "
+        "of a cluster: every one of them asks for a password then, none offers TLS. None: the loopback only.",
+    )
     start_timeout_s: PositiveFloat = Field(default=180.0, description="A part that is not healthy by then has failed.")
     stop_timeout_s: PositiveFloat = Field(default=8.0, description="Parts get this long between SIGTERM and SIGKILL.")
     worker_poll_s: PositiveFloat = Field(default=2.0, description="How often the worker looks for scheduled runs.")
+
+    @field_validator("listen")
+    @classmethod
+    def _one_address(cls, listen: Any) -> Any:
+        """Every address would be those of foreign networks too, and pods could not be told which."""
+        if listen is not None and (listen.is_unspecified or listen.is_loopback or listen.is_multicast):
+            raise ValueError("must be the one address that pods reach, not every address and not the loopback")
+        return listen

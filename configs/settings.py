@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Settings(BaseSettings):
     review: areas.ReviewSettings = Field(default=areas.ReviewSettings())
     replay: areas.ReplaySettings = Field(default=areas.ReplaySettings())
     data: areas.DataSettings = Field(default=areas.DataSettings())
+    training: areas.TrainingSettings = Field(default=areas.TrainingSettings())
     tracking: areas.TrackingSettings = Field(default=areas.TrackingSettings())
     stack: areas.StackSettings = Field(default=areas.StackSettings())
 
@@ -106,13 +108,22 @@ class _FileSource(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         values = read_yaml(self._path) if self._path.exists() else {}
-        for name, part in values.items():
-            _check_area(self.settings_cls, name, part, str(self._path))
+        check_areas(values, str(self._path), self.settings_cls)
         return values
 
 
 def _file_source(settings_cls: type[BaseSettings], path: Path) -> _FileSource:
     return _FileSource(settings_cls, path)
+
+
+def check_areas(values: Mapping[str, Any], source: str, settings_cls: type[BaseSettings] = Settings) -> None:
+    """Hold the areas of a settings file, read from `source`, against what is known.
+
+    Raises:
+        ConfigError: naming the source and the key.
+    """
+    for name, part in values.items():
+        _check_area(settings_cls, name, part, source)
 
 
 def _check_area(settings_cls: type[BaseSettings], name: str, part: Any, source: str) -> None:

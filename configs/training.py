@@ -100,6 +100,9 @@ class TrainingConfig(Area):
     seed: NonNegativeInt = Field(default=0, description="Of weights, order, augmentation and dropout.")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one.")
     devices: PositiveInt = Field(default=1, description="Devices (or CPU processes) on this machine.")
+    nodes: PositiveInt = Field(
+        default=1, description="Machines (pods) that train one model, each with `devices`; torchrun starts them."
+    )
     strategy: Literal["auto", "ddp"] = Field(default="auto", description="auto: ddp for several devices.")
     threads: PositiveInt | None = Field(default=None, description="CPU threads a process. None: the cores it may use.")
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefect import Task
+from prefect import Task, get_run_logger
 
-from configs.errors import IntegrityError
+from configs.errors import IntegrityError, KhetError, SafetyError
 from configs.training import TrainingConfig
 from flows.planning import foreseen
 from flows.session import ReleaseSession, baseline_wanted
@@ -20,6 +20,7 @@ from ml.predictions import PREDICTIONS
 from ml.results import Evaluation, ExportResult, ModelMetadata, TrainResult
 from ml.version import Version
 from tasks.datasets.steps import check_data
+from tasks.progress import report
 from tasks.registry.steps import Publication, fetch_version, publish
 from tasks.rollout.gate import comparable
 from tasks.rollout.holdout import Ledger, Scored
@@ -28,6 +29,7 @@ from tasks.rollout.procedure import plan_rollout
 from tasks.rollout.replay import Probe
 from tasks.rollout.steps import gate
 from tasks.rollout.verdict import Decision, Verdict
+from tasks.training.elsewhere import Order, cancel_trainings, ensure_deployment, train_elsewhere
 from tasks.training.steps import evaluate, evaluate_champion, export, train
 
 
@@ -105,14 +107,40 @@ def _dataset_name(session: ReleaseSession, config: TrainingConfig, version: str 
 def _trained(session: ReleaseSession, config: TrainingConfig, dataset: Dataset) -> _Model:
     work = work_folder(session.id)
     gone = not (work / "train" / "train.json").exists()  # a cached result is worth nothing without its files
-    trained = session.run(
-        "train", train.with_options(refresh_cache=gone), session.id, config, dataset.root, work / "train"
-    )
+    if session.systems.settings.training.where == "deployment":
+        trained = _trained_elsewhere(session, Order(session.id, config, dataset.manifest_hash), work / "train", gone)
+    else:
+        step = train.with_options(refresh_cache=gone)
+        trained = session.run("train", step, session.id, config, dataset.root, work / "train")
     gone = not (work / "export" / "export.json").exists()
     exported = session.run(
         "export", export.with_options(refresh_cache=gone), session.id, trained, dataset.root, work / "export"
     )
     return _Model(work / "export", trained, exported, None)
+
+
+def _trained_elsewhere(session: ReleaseSession, order: Order, folder: Path, gone: bool) -> TrainResult:
+    """Have the deployment train. It goes on when this process dies, and ends when this release is ended."""
+    step = train_elsewhere.with_options(refresh_cache=gone)
+    try:
+        return session.run("train", step, session.id, order, folder, session.guard)
+    except (KeyboardInterrupt, SafetyError) as error:
+        # A release that was resumed elsewhere took the lease, and follows the same training.
+        if isinstance(error, KeyboardInterrupt) or session.taken_over():
+            _end_training(session.id)
+        raise
+
+
+def _end_training(release_id: str) -> None:
+    """Cancel what the deployment trains for a release. The error that ended the release is the one to report."""
+    try:
+        ended = cancel_trainings(release_id)
+    except KhetError as error:
+        sentence = f"the training could not be cancelled: {error}"
+    else:
+        sentence = f"cancelled training run {', '.join(ended)}" if ended else "no training was going on"
+    get_run_logger().warning(sentence)
+    report("train", "note", sentence)
 
 
 def _published(session: ReleaseSession, version: str) -> _Model:
@@ -207,18 +235,24 @@ def plan_candidate(run_id: str, config: TrainingConfig, version: Version | None)
         version=str(next_version),
         champion=str(champion) if champion else None,
     )
-    sentences = [*_build_sentences(config, version, champion), *plan.describe()]
+    pool = None
+    if version is None and connected.settings.training.where == "deployment":
+        pool = ensure_deployment(connected.settings)
+    sentences = [*_build_sentences(config, version, champion, pool), *plan.describe()]
     return record, [*sentences, *foreseen(connected, plan)]
 
 
-def _build_sentences(config: TrainingConfig, version: Version | None, champion: Version | None) -> list[str]:
+def _build_sentences(
+    config: TrainingConfig, version: Version | None, champion: Version | None, pool: str | None
+) -> list[str]:
     against = f"the floors and {champion} on the same holdout" if champion else "the floors (there is no champion yet)"
     if version is not None:
         return [f"fetch and verify {version}, score it, hold it against {against}"]
     budget = f"{config.budget.seconds:.0f} s" if config.budget.seconds else f"{config.budget.epochs} epochs"
+    where = f" in work pool {pool}" if pool else ""
     return [
         f"check dataset {config.dataset}",
-        f"train {config.net} at {config.px} px for {budget}, export it to ONNX, score it on the test split",
+        f"train {config.net} at {config.px} px for {budget}{where}, export it to ONNX, score it on the test split",
         f"hold it against {against}",
         "publish it, signed, as the next version",
     ]

@@ -26,10 +26,13 @@ data_app = typer.Typer(no_args_is_help=True, help="Import and list training data
 app.add_typer(data_app, name="data")
 canary_app = typer.Typer(no_args_is_help=True, help="What a canary can see.")
 app.add_typer(canary_app, name="canary")
+cluster_app = typer.Typer(no_args_is_help=True, help="The Kubernetes cluster that replicas run on.")
+app.add_typer(cluster_app, name="cluster")
 feedback_app = typer.Typer(no_args_is_help=True, help="Labels that people give predictions afterwards.")
 app.add_typer(feedback_app, name="feedback")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, change nothing.")]
 
 
 @app.command()
@@ -37,6 +40,13 @@ def up(
     wait_for: Annotated[
         list[str] | None,
         typer.Option("--wait-for", help="Return when this part is healthy (repeatable); the others go on starting."),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", help="Address of this machine that pods reach the stack at, or loopback; kept."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="What replicas are: local-node or kubernetes; kept.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,6 +58,7 @@ def up(
     from deployments import local
     from flows.commands import stack
 
+    local.choose(listen=listen, backend=backend)
     with stack.live(quiet=as_json) as on_event:
         state = local.up(load_settings(), on_event=on_event, wait_for=wait_for)
     stack.show(state, as_json=as_json)
@@ -91,6 +102,28 @@ def doctor(
     from flows.commands import health
 
     health.run(fix=fix, as_json=as_json)
+
+
+@cluster_app.command("init")
+def cluster_init(
+    overlay: Annotated[
+        str | None, typer.Option("--overlay", help="Environment of deployments/kubernetes/overlays. Empty: by profile.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option("--namespace", help="Namespace; kept.")] = None,
+    context: Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig; kept.")] = None,
+    kubeconfig: Annotated[str | None, typer.Option("--kubeconfig", help="Instead of kubectl's own; kept.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Serving image instead of the overlay's.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make what people own in a cluster: accounts, roles, policies, settings, Secrets; then check it like the doctor.
+
+    Example: khet cluster init --context kind-kind --dry-run
+    """
+    from flows.commands import cluster
+
+    given = {"namespace": namespace, "context": context, "kubeconfig": kubeconfig, "image": image}
+    cluster.init(given, overlay, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -137,6 +170,19 @@ def data_sample(
     datasets.sample(name, count, seed, as_json=as_json)
 
 
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="Name of an imported dataset.")], as_json: Json = False
+) -> None:
+    """Bring a dataset from the object store to this machine, every byte checked.
+
+    Example: khet data fetch leaves
+    """
+    from flows.commands import datasets
+
+    datasets.fetch(name, as_json=as_json)
+
+
 @data_app.command("list")
 def data_list(as_json: Json = False) -> None:
     """List imported datasets.
@@ -159,7 +205,7 @@ def release(
     version: Annotated[
         str | None, typer.Option("--version", help="Roll out this published version instead of training.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, change nothing.")] = False,
+    dry_run: DryRun = False,
     resume: Annotated[str | None, typer.Option("--resume", help="Go on with an interrupted release.")] = None,
     ask: Annotated[bool, typer.Option("--ask/--auto-promote", help="Wait for a person before promoting.")] = False,
     as_json: Json = False,
@@ -174,6 +220,29 @@ def release(
         {"config": config, "data": data, "version": version, "dry_run": dry_run, "resume": resume, "ask": ask},
         as_json=as_json,
     )
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Option("--config", help="Training configuration.")] = (
+        "configs/training/plant_disease.yaml"
+    ),
+    data: Annotated[
+        str | None, typer.Option("--data", help="Dataset to train on instead of the configuration's.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", help="Go on with the training of this id, or fetch what it made.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train and store a model without releasing it.
+
+    Example: khet train --config configs/training/smoke.yaml --data leaves
+    """
+    from flows.commands import running
+
+    running.train({"config": config, "data": data, "resume": resume, "dry_run": dry_run}, as_json=as_json)
 
 
 @canary_app.command("plan")
@@ -229,17 +298,128 @@ def canary_plan(
 @app.command()
 def rollback(
     to: Annotated[str, typer.Option("--to", help="Version to return to.")] = "previous",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, change nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Take over from a release that is running.")] = False,
+    dry_run: DryRun = False,
+    force: Annotated[bool, typer.Option("--force", help="Take over from a run that is changing the cluster.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="List the versions that served, by whom and why, and change nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Return all traffic to a version that served before, and verify it.
+    """Return all traffic to a version that served before, and verify it. Works while the object store is down.
 
     Example: khet rollback --to v1.2.0
     """
-    from flows.commands import running
+    from flows.commands import rollbacks
 
-    running.rollback({"to": to, "dry_run": dry_run, "force": force}, as_json=as_json)
+    if history:
+        rollbacks.show_history(as_json=as_json)
+        return
+    rollbacks.rollback({"to": to, "dry_run": dry_run, "force": force}, as_json=as_json)
+
+
+@app.command("rolling-update")
+def rolling_update(
+    version: Annotated[
+        str | None, typer.Option("--version", help="Model version. Empty: the one that is served.")
+    ] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Serving image (Kubernetes). Empty: as it is.")] = None,
+    surge: Annotated[int, typer.Option("--surge", min=0, help="Replicas beyond the wanted number.")] = 1,
+    unavailable: Annotated[int, typer.Option("--unavailable", min=0, help="Replicas that may be missing.")] = 0,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", help="Seconds without progress after which it is undone.")
+    ] = None,
+    unjudged: Annotated[
+        bool, typer.Option("--unjudged", help="Allow a version that was never judged on traffic.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Replace every replica by another model version or image; undo it where the new ones do not become ready.
+
+    Example: khet rolling-update --version v1.3.0 --dry-run
+    """
+    from flows.commands import procedures
+
+    asked = {"version": version, "image": image, "surge": surge, "unavailable": unavailable, "deadline_s": deadline}
+    procedures.run("rolling_update", {**asked, "unjudged": unjudged, "dry_run": dry_run}, as_json=as_json)
+
+
+@app.command("blue-green")
+def blue_green(
+    version: Annotated[str | None, typer.Option("--version", help="Published version that becomes green.")] = None,
+    watch: Annotated[float | None, typer.Option("--watch", help="Seconds that blue is kept ready.")] = None,
+    back: Annotated[bool, typer.Option("--back", help="Return to blue now, while green is watched.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Bring a version up beside the one that serves, verify it, and switch all traffic at once.
+
+    Example: khet blue-green --version v1.3.0 --watch 600
+    """
+    from flows.commands import procedures
+
+    asked = {"version": version, "watch_s": watch, "back": back, "dry_run": dry_run}
+    procedures.run("blue_green", asked, as_json=as_json)
+
+
+@app.command("ab-test")
+def ab_test(
+    version: Annotated[str | None, typer.Option("--version", help="Published version that becomes B.")] = None,
+    share: Annotated[float | None, typer.Option("--share", help="Share of the users that meet B, up to 0.5.")] = None,
+    duration: Annotated[float | None, typer.Option("--duration", help="Seconds that the test runs.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Serve two versions to different users, each user always the same one, and say what differs.
+
+    Example: khet ab-test --version v1.3.0 --share 0.2 --duration 86400
+    """
+    from flows.commands import procedures
+
+    asked = {"version": version, "share": share, "duration_s": duration, "dry_run": dry_run}
+    procedures.run("ab_test", asked, as_json=as_json)
+
+
+@app.command()
+def scale(
+    replicas: Annotated[int, typer.Argument(min=1, help="How many replicas.")],
+    track: Annotated[str, typer.Option("--track", help="stable is production.")] = "stable",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run this many replicas; also while a release is running.
+
+    Example: khet scale 5
+    """
+    from flows.commands import procedures
+
+    procedures.run("scale", {"replicas": replicas, "track": track, "dry_run": dry_run}, as_json=as_json)
+
+
+@app.command()
+def restart(
+    track: Annotated[str, typer.Option("--track", help="stable is production.")] = "stable",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Replace every replica by a new one of the same version, without a gap.
+
+    Example: khet restart
+    """
+    from flows.commands import procedures
+
+    procedures.run("restart", {"track": track, "dry_run": dry_run}, as_json=as_json)
+
+
+@app.command()
+def watchdog(dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Look once for rollouts that were left half done, and finish or undo them.
+
+    Example: khet watchdog --dry-run
+    """
+    from flows.commands import procedures
+
+    procedures.watch({"dry_run": dry_run}, as_json=as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from configs.errors import ConfigError, ExternalError
 from configs.settings import Settings, home
 
 _TIMEOUT_S = 10.0
+_SILENT_AFTER_S = 3.0
 # A run is PAUSED a moment before its question is stored, and refuses answers until then.
 _RESUME_PAUSES_S = (0.5, 1.0, 2.0)
 
@@ -40,6 +41,26 @@ def connect(settings: Settings, *, quiet: bool) -> None:
         os.environ.setdefault(name, value)
     if quiet:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+def connect_or_go_alone(settings: Settings) -> bool:
+    """`connect`, or where the server is silent let this process be its own: what users wait for does not wait for
+    Prefect. False: the run will be in no UI."""
+    url = settings.orchestrator.api_url
+    alone = url is not None and not _is_up(url)
+    if alone:
+        os.environ.pop("PREFECT_API_URL", None)
+        area = settings.orchestrator.model_copy(update={"api_url": None})
+        settings = settings.model_copy(update={"orchestrator": area})
+    connect(settings, quiet=True)
+    return not alone
+
+
+def _is_up(api_url: str) -> bool:
+    try:
+        return httpx.get(f"{api_url.rstrip('/')}/health", timeout=_SILENT_AFTER_S).is_success
+    except httpx.HTTPError:
+        return False
 
 
 class PrefectApi:

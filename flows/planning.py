@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from configs.errors import ExternalError
 from configs.settings import Settings
 from flows.systems import Systems
+from ml.version import Version
 from tasks.cluster import Cluster, Track, TrackCounters
+from tasks.cluster.procedures import procedures
+from tasks.rollout.journal import ReleaseRecord
 from tasks.rollout.planner import warnings
 from tasks.rollout.procedure import Plan
 from tasks.rollout.supply import Setup, Traffic
@@ -16,6 +19,7 @@ from tasks.rollout.supply import Setup, Traffic
 MEASURE_S = 3.0
 # A release is not held up for longer; this tells ten requests a second from a hundred.
 _BEFORE_RELEASE_S = 1.0
+_EXACT = 0.005  # of the traffic
 
 
 def rollout_warnings(
@@ -30,12 +34,43 @@ def rollout_warnings(
     """
     if plan.champion is None:
         return []
+    coarse = coarse_shares(cluster, plan)
     traffic = expected_traffic(settings, measured_rate(cluster, seconds))
     if traffic is None:
-        return ["no requests arrive and none are replayed (replay.enabled): the rollout cannot decide anything"]
-    return warnings(
-        Setup(settings.canary, settings.judge, settings.harms, traffic, classes=plan.classes, baseline=plan.baseline)
+        return [
+            *coarse,
+            "no requests arrive and none are replayed (replay.enabled): the rollout cannot decide anything",
+        ]
+    setup = Setup(
+        settings.canary, settings.judge, settings.harms, traffic, classes=plan.classes, baseline=plan.baseline
     )
+    return [*coarse, *warnings(setup)]
+
+
+def coarse_shares(cluster: Cluster, plan: Plan) -> list[str]:
+    """What the steps become where traffic is split by whole replicas; empty where they can be what they say."""
+    replicas = {
+        Track.stable: plan.replicas,
+        Track.canary: plan.canary_replicas,
+        Track.baseline: plan.canary_replicas if plan.baseline else 0,
+    }
+    steps = [step for step in plan.steps if step > 0]
+    shares = [cluster.reachable(plan.weights(step), replicas).get(Track.canary, 0.0) for step in steps]
+    if all(abs(share - step) < _EXACT for step, share in zip(steps, shares, strict=True)):
+        return []
+    named = ", ".join(f"{step:.0%} becomes {share:.0%}" for step, share in zip(steps, shares, strict=True))
+    return [f"traffic is split by whole replicas here, so for the canary {named}; a gateway would split it exactly"]
+
+
+def rollout_diff(connected: Systems, record: ReleaseRecord) -> str:
+    """What a release changes in the cluster, as `kubectl diff` shows it: the canary that comes and goes, if there is a
+    champion to compare it with, and stable in the end."""
+    change, area = procedures(connected.cluster), connected.settings.cluster
+    version = Version.parse(record.version or "")
+    sizes = {Track.canary: area.canary_replicas} if record.champion else {}
+    sizes |= {Track.stable: area.replicas}
+    parts = (change.deploy(track, version, replicas, dry_run=True) for track, replicas in sizes.items())
+    return "\n".join(filter(None, parts))
 
 
 def foreseen(connected: Systems, plan: Plan) -> list[str]:

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import datetime
 
 import psutil
 
-from configs.errors import SafetyError
+from configs.errors import ExternalError, SafetyError
 from flows.systems import Systems
 from ml.version import Version
-from tasks.cluster import Track
+from tasks.cluster import Cluster, Memory, Pending, Served, Track
+from tasks.cluster.procedures import Update, procedures
 from tasks.lease import Lease, break_lease, holder, is_held
+from tasks.registry import AliasState
 from tasks.rollout import journal as journals
-from tasks.rollout.journal import Journal, Process, ReleaseRecord
+from tasks.rollout.journal import Intent, Journal, Kind, Process, ReleaseRecord
+from tasks.rollout.procedure import served_version
 
 # Process start times are read in clock ticks of 10 ms; two readings of one process agree within that.
 CLOCK_TICKS_S = 0.02
 
 
-def left_behind(systems: Systems, but: str | None = None) -> list[ReleaseRecord]:
-    """Releases that were begun and neither ended nor undone, except `but`."""
-    return [r for r in journals.unfinished(systems.store, systems.bucket) if r.release_id != but]
+# An incident does not wait for a rollout to end: what only adds or renews replicas has a lease of its own.
+ROLLOUT_LEASE, SCALING_LEASE = "rollout", "scaling"
+_SCALING: frozenset[Kind] = frozenset({"scale", "restart"})
+
+
+def lease_of(kind: Kind) -> str:
+    """The lease that a run of this kind holds while it works."""
+    return SCALING_LEASE if kind in _SCALING else ROLLOUT_LEASE
+
+
+def left_behind(systems: Systems, but: str | None = None, lease: str | None = None) -> list[ReleaseRecord]:
+    """Runs that were begun and neither ended nor undone, except `but`; with `lease` only those that would hold it."""
+    found = journals.unfinished(systems.store, systems.bucket)
+    return [r for r in found if r.release_id != but and lease in (None, lease_of(r.kind))]
 
 
 def this_process() -> Process:
@@ -40,15 +55,27 @@ def is_dead(process: Process | None) -> bool | None:
 
 
 def free_lease_of_the_dead(systems: Systems, name: str) -> None:
-    """Take the lease from a release whose process is known to be gone, instead of waiting until it expires."""
+    """Take lease and turn from a run whose process is known to be gone, instead of waiting until both expire."""
+    if name == ROLLOUT_LEASE:
+        _free_turn_of_the_dead(systems)
     current = holder(systems.store, systems.bucket, name)
     if current is None or not is_held(current, journals.utc_now()):
         return
-    if not systems.store.exists(systems.bucket, journals.key(current.owner)):
-        return
-    record = journals.read(systems.store, systems.bucket, current.owner)
-    if is_dead(record.process):
+    if _died(systems, current.owner):
         break_lease(systems.store, systems.bucket, name, by=f"{current.owner} is dead")
+
+
+def _free_turn_of_the_dead(systems: Systems) -> None:
+    memory = systems.cluster.memory()
+    if memory.turn is not None and is_alone(memory) and _died(systems, owner := memory.turn.owner):
+        systems.cluster.remember(lambda now: now.given_back(owner))
+
+
+def _died(systems: Systems, run_id: str) -> bool:
+    """Whether a run is on record, and its process is known to be gone."""
+    if not systems.store.exists(systems.bucket, journals.key(run_id)):
+        return False
+    return bool(is_dead(journals.read(systems.store, systems.bucket, run_id).process))
 
 
 def refuse_running(systems: Systems, name: str, release_id: str) -> None:
@@ -62,34 +89,199 @@ def refuse_running(systems: Systems, name: str, release_id: str) -> None:
     )
 
 
+def take_turn(cluster: Cluster, owner: str) -> None:
+    """From now on `owner` changes the cluster, and whoever did so before notices.
+
+    Raises:
+        SafetyError: somebody is rolling back, who has the cluster alone.
+    """
+    cluster.remember(lambda memory: memory.taken(owner, journals.utc_now()))
+
+
+def check_turn(cluster: Cluster, record: ReleaseRecord) -> None:
+    """Return while it is this run's turn, or as long as the cluster does not say.
+
+    Raises:
+        SafetyError: another run took the cluster over.
+    """
+    if lease_of(record.kind) != ROLLOUT_LEASE:
+        return
+    try:
+        turn = cluster.memory().turn
+    except ExternalError as error:
+        if not error.retryable:
+            raise
+        return
+    if turn is not None and turn.owner != record.release_id:
+        raise SafetyError(
+            f"{turn.owner} took the cluster over from {record.release_id}. Nothing more is changed by this run.\n"
+            "Next: `khet rollback --history` shows what serves since."
+        )
+
+
+def settle(systems: Systems) -> str:
+    """Finish a rollback that the registry was not there for, or that was cut short; what was done, in a sentence, empty
+    where there was nothing to do. Repeatable; whoever calls it holds the rollout lease.
+
+    Raises:
+        SafetyError: production was moved to another version since, but the cluster serves that of the rollback.
+    """
+    memory = systems.cluster.memory()
+    if (left := memory.pending) is None:
+        return ""
+    target, now_at = Version.parse(left.version), systems.registry.alias("production")
+    if now_at is not None and now_at.version != target and now_at.since > left.at:
+        return _drop_pending(systems, left, now_at)
+    try:
+        serve(systems, target)
+    except ExternalError as error:
+        raise ExternalError(
+            f"The rollback to {target} by {left.by} cannot be finished yet: {error}\nThe traffic is as it was.\n"
+            "Next: `khet rollback --to VERSION` with one that can be served takes its place.",
+            retryable=error.retryable,
+        ) from error
+    systems.registry.move_alias("production", target, by=left.by, reason=left.reason)
+    _drop_guests(systems.cluster)
+    supersede(systems, left.run_id, before=left.at)
+    _enter(systems, left)
+    # Last of all: a crash before this does it all again, one after it would let a superseded promotion go on.
+    done = Served(version=left.version, at=left.at, by=left.by, reason=left.reason)
+    systems.cluster.remember(lambda m: m.with_served(done).without(left))
+    sentence = f"the rollback to {target} that {left.by} began at {left.at:%Y-%m-%d %H:%M} UTC was finished"
+    audit(systems, left.by, left.run_id, sentence)
+    return sentence
+
+
+def is_alone(memory: Memory) -> bool:
+    """Whether somebody is rolling back now, who has the cluster alone."""
+    turn = memory.turn
+    return turn is not None and turn.until is not None and turn.until > journals.utc_now()
+
+
+def settle_under_lease(systems: Systems, ttl_s: float) -> str:
+    """`settle` in the name of the rollback, whose lease may have outlived it, when nobody else changes the cluster.
+
+    Raises:
+        SafetyError: somebody does, or see `settle`.
+        ExternalError: the registry or the cluster does not answer.
+    """
+    free_lease_of_the_dead(systems, ROLLOUT_LEASE)
+    memory = systems.cluster.memory()
+    if memory.pending is None:
+        return ""
+    if is_alone(memory):
+        raise SafetyError("The rollback is still at work, or was a moment ago. Next: wait for it.")
+    owner = memory.pending.run_id
+    with Lease.acquire(systems.store, systems.bucket, ROLLOUT_LEASE, owner, ttl_s):
+        take_turn(systems.cluster, owner)
+        return settle(systems)
+
+
+def unsettled(systems: Systems) -> str:
+    """The rollback that is not finished, in words; empty where there is none."""
+    left = systems.cluster.memory().pending
+    return f"rollback to {left.version} by {left.by}, {left.at:%Y-%m-%d %H:%M} UTC" if left else ""
+
+
+def seed_memory(systems: Systems) -> None:
+    """Let a cluster that remembers nothing yet learn from the registry which versions it served."""
+    if systems.cluster.memory().served:
+        return
+    moves = [move for move in systems.registry.alias_history("production") if move.to is not None]
+    entries = [Served(version=str(move.to), at=move.at, by=move.by, reason=move.reason) for move in moves]
+
+    def learn(memory: Memory) -> Memory:
+        if memory.served:
+            return memory
+        for entry in entries:
+            memory = memory.with_served(entry)
+        return memory
+
+    systems.cluster.remember(learn)
+
+
+def _drop_pending(systems: Systems, left: Pending, now_at: AliasState) -> str:
+    """Somebody moved production since the rollback: what serves decides who was right."""
+    moved = f"{now_at.by} moved production to {now_at.version} at {now_at.since:%Y-%m-%d %H:%M} UTC"
+    if served_version(systems.cluster) != now_at.version:
+        raise SafetyError(
+            f"The rollback to {left.version} of {left.at:%Y-%m-%d %H:%M} UTC was not finished: {moved}, after it, but "
+            f"the cluster does not serve that. Nothing was changed.\n"
+            f"Next: `khet rollback --to {left.version}` (or --to {now_at.version}) makes both agree."
+        )
+    systems.cluster.remember(lambda memory: memory.without(left))
+    sentence = f"the rollback to {left.version} is out of date: {moved}, after it, and that serves"
+    audit(systems, left.by, left.run_id, sentence)
+    return sentence
+
+
+def _enter(systems: Systems, left: Pending) -> None:
+    """The record that the rollback could not write, or not close."""
+    reasons = (f"production returned from {left.previous or 'nothing'} to {left.version}: {left.reason}",)
+    record = ReleaseRecord(
+        release_id=left.run_id,
+        kind="rollback",
+        started_at=left.at,
+        requested_by=left.by,
+        parameters={},
+        version=left.version,
+        champion=left.previous,
+    )
+    if systems.store.exists(systems.bucket, journals.key(left.run_id)):
+        record = journals.read(systems.store, systems.bucket, left.run_id)
+    if record.finished_at is None:
+        Journal(systems.store, systems.bucket, record).close("rolled_back", reasons)
+
+
+def supersede(systems: Systems, by: str, before: datetime) -> None:
+    """A rollout that was begun before a rollback must not finish its promotion after it."""
+    for record in left_behind(systems, but=by, lease=ROLLOUT_LEASE):
+        if record.started_at < before:
+            Journal(systems.store, systems.bucket, record).close("failed", (f"superseded by rollback {by}",))
+
+
 def recover(systems: Systems, record: ReleaseRecord) -> str:
     """Finish or undo one interrupted release; returns what was done, in a sentence. Repeatable."""
     journal = Journal(systems.store, systems.bucket, record)
     intent = record.intent
     if intent is None:
         sentence = "it had not changed anything yet"
+    elif intent.action == "update":
+        undo_update(systems, journal)
+        sentence = f"its update to {intent.version} was undone; production serves {intent.previous}"
+    elif intent.action in ("scale", "restart"):
+        sentence = finish_scaling(systems, intent)
+        journal.close("done", (f"interrupted, and {sentence}",))
+        return _audited(systems, record, sentence)
     elif intent.action == "canary":
         undo_canary(systems, journal)
         sentence = f"its canary {intent.version} was taken away; production serves {intent.previous or 'nothing'}"
     else:
         finish_switch(systems, Version.parse(intent.version), record)
         sentence = f"{intent.version} had been judged; its promotion was finished"
-        journal.close("promoted" if record.kind == "release" else "rolled_back", (f"interrupted, and {sentence}",))
+        journal.close("rolled_back" if record.kind == "rollback" else "promoted", (f"interrupted, and {sentence}",))
         return _audited(systems, record, sentence)
-    journal.close("failed", (f"interrupted: {sentence}; `khet release --resume {record.release_id}` goes on",))
+    goes_on = f"; `khet release --resume {record.release_id}` goes on" if record.kind == "release" else ""
+    journal.close("failed", (f"interrupted: {sentence}{goes_on}",))
     return _audited(systems, record, sentence)
 
 
-def recover_under_lease(systems: Systems, record: ReleaseRecord, lease_name: str, ttl_s: float) -> str:
-    """`recover`, when no live run holds the lease.
+def recover_under_lease(systems: Systems, record: ReleaseRecord, ttl_s: float) -> str:
+    """`recover`, when no live run holds the lease that this one held.
 
     Raises:
         SafetyError: one does.
     """
+    lease_name = lease_of(record.kind)
     free_lease_of_the_dead(systems, lease_name)
     refuse_running(systems, lease_name, record.release_id)
     with Lease.acquire(systems.store, systems.bucket, lease_name, record.release_id, ttl_s):
-        return recover(systems, journals.read(systems.store, systems.bucket, record.release_id))
+        settled = ""
+        if lease_name == ROLLOUT_LEASE:
+            take_turn(systems.cluster, record.release_id)
+            settled = settle(systems)
+        now = journals.read(systems.store, systems.bucket, record.release_id)
+        return recover(systems, now) if now.outcome == "running" else settled or "it had ended meanwhile"
 
 
 def undo_canary(systems: Systems, journal: Journal) -> None:
@@ -104,31 +296,72 @@ def undo_canary(systems: Systems, journal: Journal) -> None:
         systems.cluster.set_weights({Track.stable: 1.0})
         systems.cluster.remove(Track.canary)
         systems.cluster.remove(Track.baseline)
+    if journal.record.kind == "ab_test":
+        procedures(systems.cluster).stick(on=False)
     journal.change(intent=None)
+
+
+def undo_update(systems: Systems, journal: Journal) -> None:
+    """Put back what a rolling update had begun to replace, if this run had begun one. Repeatable."""
+    intent = journal.record.intent
+    if intent is None or intent.action != "update" or intent.previous is None:
+        return
+    before = Update(
+        version=Version.parse(intent.previous),
+        replicas=intent.details["replicas"],
+        deadline_s=systems.settings.cluster.ready_timeout_s,
+        image=intent.details.get("previous_image"),
+    )
+    change = procedures(systems.cluster)
+    change.update(before)
+    change.wait_updated(before)
+    journal.change(intent=None)
+
+
+def finish_scaling(systems: Systems, intent: Intent) -> str:
+    """Ask again for what was asked: the same number twice is the same number, and a second restart harms nobody."""
+    track = Track(intent.details["track"])
+    if intent.action == "scale":
+        systems.cluster.scale(track, intent.details["replicas"])
+        return f"{track} was scaled to {intent.details['replicas']} replica(s)"
+    systems.cluster.restart(track)
+    return f"{track} was restarted"
 
 
 def finish_switch(systems: Systems, version: Version, record: ReleaseRecord) -> None:
     """Serve `version` everywhere and point production at it: the end of a promotion or rollback. Repeatable."""
+    by, reason = record.requested_by, "finished after an interruption"
+    serve(systems, version)
+    systems.registry.move_alias("production", version, by=by, reason=reason)
+    served = Served(version=str(version), at=journals.utc_now(), by=by, reason=reason)
+    systems.cluster.remember(lambda memory: memory.with_served(served))
+    _drop_guests(systems.cluster)
+
+
+def serve(systems: Systems, version: Version) -> None:
+    """All traffic to `version` on stable, as soon as stable is ready. Repeatable. It keeps the replicas it has."""
     cluster, wanted = systems.cluster, systems.settings.cluster
-    cluster.deploy(Track.stable, version, wanted.replicas)
+    now = sum(replica.track is Track.stable for replica in cluster.status().replicas)
+    cluster.deploy(Track.stable, version, max(now, wanted.replicas))
     cluster.wait_ready(Track.stable, wanted.ready_timeout_s)
     cluster.set_weights({Track.stable: 1.0})
-    systems.registry.move_alias("production", version, by=record.requested_by, reason="finished after an interruption")
-    cluster.remove(Track.canary)
-    cluster.remove(Track.baseline)
+
+
+def _drop_guests(cluster: Cluster) -> None:
+    for track in (Track.canary, Track.baseline, Track.previous):
+        cluster.remove(track)
 
 
 def _audited(systems: Systems, record: ReleaseRecord, sentence: str) -> str:
-    systems.audit.record(
-        actor=record.requested_by,
-        action="recover",
-        subject=record.release_id,
-        plan={},
-        outcome="done",
-        detail=sentence,
-        run_id=record.release_id,
-    )
+    audit(systems, record.requested_by, record.release_id, sentence)
     return sentence
+
+
+def audit(systems: Systems, actor: str, run_id: str, sentence: str) -> None:
+    """Leave a record of what was put right."""
+    systems.audit.record(
+        actor=actor, action="recover", subject=run_id, plan={}, outcome="done", detail=sentence, run_id=run_id
+    )
 
 
 def last_reason(record: ReleaseRecord) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from prefect import flow, get_run_logger, runtime
+from prefect import flow, runtime
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
@@ -17,10 +17,11 @@ from configs.settings import PROJECT_ROOT
 from configs.training import TrainingConfig
 from flows import hooks, reporting
 from flows.candidate import Candidate, build_candidate, plan_candidate
-from flows.planning import foreseen
+from flows.change import show_dry_run
+from flows.planning import foreseen, rollout_diff
 from flows.session import ReleaseSession, open_session, run_tail
+from flows.systems import systems
 from ml.version import Version
-from tasks.progress import report
 from tasks.rollout.journal import ReleaseRecord
 from tasks.rollout.procedure import Labels, Rollout, step_label
 from tasks.rollout.steps import canary_step, deploy_canary, first_deploy, promote, smoke_test, undo_canary
@@ -40,7 +41,7 @@ class Approval(RunInput):
     name="release",
     flow_run_name=lambda: f"release-{release_id()}",
     on_crashed=[hooks.undo_release],
-    on_cancellation=[hooks.undo_release],
+    on_cancellation=[hooks.undo_release, hooks.end_training],
     validate_parameters=True,
 )
 def release(
@@ -174,14 +175,10 @@ def finish(session: ReleaseSession, candidate: Candidate, verdict: Verdict) -> R
 
 
 def show_plan(run_id: str, config: TrainingConfig, version: str | None) -> ReleaseRecord:
-    """What a release would do, in sentences; nothing is changed.
+    """What a release would do, in sentences and as a difference of the cluster; nothing is changed.
 
     Raises:
         KhetError: what would stop it at once.
     """
     record, sentences = plan_candidate(run_id, config, Version.parse(version) if version else None)
-    for sentence in sentences:
-        get_run_logger().info("would: %s", sentence)
-        report("plan", "note", f"would: {sentence}")
-    reporting.show_plan(record, sentences)
-    return record
+    return show_dry_run(record, sentences, rollout_diff(systems(), record))

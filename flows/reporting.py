@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +90,6 @@ def _show(report: ReleaseReport, address: str, drawn: dict[str, tuple[str, bytes
         show_table(f"gates-{run}", [dict(row) for row in rows], "Gates, evidence and thresholds")
     if report.looks:
         show_table(f"looks-{run}", [dict(row) for row in looks_table(report)], "Looks at the canary")
-
-
-def show_plan(record: ReleaseRecord, sentences: Sequence[str]) -> None:
-    """The plan of a dry run, as a card."""
-    lines = [f"{number}. {sentence}" for number, sentence in enumerate(sentences, 1)]
-    show_markdown(f"plan-{record.release_id}", "\n".join(["# What a release would do", "", *lines]), "Dry run")
 
 
 def build_report(session: ReleaseSession, candidate: Candidate | None) -> ReleaseReport:

@@ -13,15 +13,27 @@ from prefect import Task, get_run_logger
 from configs.errors import ConfigError, ExternalError, IntegrityError, KhetError, SafetyError
 from flows import recovery
 from flows.systems import Systems, requester, systems
-from flows.tidy import tidy_work_folders
+from flows.tidy import tidy_trainings, tidy_work_folders
 from ml.version import Version
-from tasks.cluster import Track
-from tasks.lease import Lease
+from tasks.cluster import Served, Track
+from tasks.lease import Lease, holder
 from tasks.progress import report
 from tasks.rollout import looks
-from tasks.rollout.journal import Journal, Outcome, ReleaseRecord, Severity, StageRecord, StageState, utc_now
+from tasks.rollout.journal import (
+    Action,
+    Journal,
+    Kind,
+    Outcome,
+    ReleaseRecord,
+    Severity,
+    StageRecord,
+    StageState,
+    utc_now,
+)
+from tasks.rollout.keeping import keep_previous
 from tasks.rollout.procedure import Clock, Labels, Look, Plan, Rollout, plan_rollout, served_version, wants_baseline
 from tasks.rollout.replay import Replayer
+from tasks.rollout.shadow import Shadow
 from tasks.rollout.verdict import Decision, Paired, Verdict
 
 if TYPE_CHECKING:
@@ -29,10 +41,14 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-LEASE = "rollout"
+LEASE = recovery.ROLLOUT_LEASE
 LEASE_TTL_S = 45.0
 # Looks closer together than this are not all kept: a long rollout would grow its record without telling more.
 LOOK_EVERY_S = 2.0
+# Longer than a pod answers after it was told to end (cluster.kubernetes.pre_stop_s), and a proxy needs to hear of it.
+_SETTLING_S = 30.0
+_IN_A_ROW = 5
+_ASK_AGAIN_S = 0.1
 RESUMABLE: frozenset[Outcome] = frozenset({"running", "failed"})
 
 
@@ -45,6 +61,7 @@ class ReleaseSession:
         self._lease = lease
         self._looked_at = 0.0
         self._clock = Clock()
+        self._shadow = Shadow()
 
     @property
     def record(self) -> ReleaseRecord:
@@ -63,7 +80,7 @@ class ReleaseSession:
 
     def run(self, stage: str, step: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one Prefect task as a stage of the record."""
-        self._lease.check()
+        self.check()
         report(stage, "running")
         self._journal.change(stage=stage)
         started, began = utc_now(), time.monotonic()
@@ -74,11 +91,21 @@ class ReleaseSession:
         kind: StageState = "failed" if failed else "cached" if state.name == "Cached" else "done"
         note = str(result).splitlines()[0] if failed and str(result) else ""
         line = StageRecord(name=stage, state=kind, started_at=started, duration_s=round(seconds, 3), note=note)
-        self._journal.change(stage=None, stages=(*self.record.stages, line))
+        if not (failed and self.taken_over()):
+            self._journal.change(stage=None, stages=(*self.record.stages, line))
         report(stage, kind, note or f"{seconds:.1f} s")
         if isinstance(result, BaseException):
             raise result
         return result
+
+    def check(self) -> None:
+        """Return while this process may change something.
+
+        Raises:
+            SafetyError: its lease was lost, or another run, a rollback say, took the cluster over.
+        """
+        self._lease.check()
+        recovery.check_turn(self.systems.cluster, self.record)
 
     def say(self, text: str, severity: Severity = "info") -> None:
         """Add a line to the timeline, the log and the terminal."""
@@ -89,6 +116,19 @@ class ReleaseSession:
     def change(self, **values: Any) -> None:
         """Write fields of the record."""
         self._journal.change(**values)
+
+    def guard(self) -> None:
+        """Return while this process may go on.
+
+        Raises:
+            SafetyError: it lost its lease.
+        """
+        self._lease.check()
+
+    def intend(self, action: Action, version: str, previous: str | None, **details: Any) -> None:
+        """Write down what is about to change; this process must still be allowed to."""
+        self.check()
+        self._journal.intend(action, version, previous, **details)
 
     def audit(
         self, action: str, subject: str, outcome: str, detail: str = "", plan: Mapping[str, Any] | None = None
@@ -122,7 +162,7 @@ class ReleaseSession:
         return self.rollout(plan)
 
     def rollout(self, plan: Plan) -> Rollout:
-        """A rollout of `plan` that stops when this process loses its lease."""
+        """A rollout of `plan` that stops when this process may change nothing any more."""
         current = self.systems.settings
         return Rollout(
             self.systems.cluster,
@@ -131,9 +171,11 @@ class ReleaseSession:
             current.canary,
             current.judge,
             current.cluster.ready_timeout_s,
-            guard=self._lease.check,
+            guard=self.check,
             on_look=self._keep_look,
             clock=self._clock,
+            shadow=self._shadow,
+            keep_previous_s=current.cluster.keep_previous_s,
         )
 
     def _keep_look(self, look: Look) -> None:
@@ -162,7 +204,7 @@ class ReleaseSession:
         if gateway is None or not (current.replay.enabled or self.champion is None):
             yield lambda _champion, _challenger: Paired()
             return
-        with Replayer(gateway, candidate.probes(current.replay.max_images), current.replay) as replayer:
+        with Replayer(gateway, candidate.probes(current.replay.max_images), current.replay, self._shadow) as replayer:
             yield replayer.paired
         if replayer.failed:
             sample = "; ".join(replayer.failures())
@@ -209,7 +251,7 @@ class ReleaseSession:
         wanted = rollout.plan.version
         found = {
             "cluster": served_version(self.systems.cluster),
-            "gateway": answering_version(self.systems.settings.cluster.gateway_url),
+            "gateway": settled_version(self.systems.settings.cluster.gateway_url, wanted),
             "alias": state.version if (state := self.systems.registry.alias("production")) else None,
         }
         wrong = {name: str(version) for name, version in found.items() if version != wanted}
@@ -217,11 +259,19 @@ class ReleaseSession:
             raise IntegrityError(f"Promoted {wanted}, but {wrong}. Next: `khet doctor --fix`.")
         self.say(f"verified: cluster, gateway and alias agree on {wanted}")
 
+    def remember_served(self, version: Version, before: Version, reason: str) -> None:
+        """Tell the cluster what it serves now, and to keep what it served before, by the settings."""
+        cluster, now = self.systems.cluster, utc_now()
+        served = Served(version=str(version), at=now, by=self.record.requested_by, reason=reason)
+        cluster.remember(lambda memory: memory.with_served(served))
+        if kept := keep_previous(cluster, before, self.systems.settings.cluster.keep_previous_s, now):
+            self.say(kept)
+
     def close(self, outcome: str, reasons: tuple[str, ...]) -> ReleaseRecord:
         """End the record."""
-        done = "done" if outcome == "promoted" else "undone"
+        done = "done" if outcome in ("promoted", "done") else "undone"
         self._clear_candidate(outcome)
-        self.audit("release", self.record.version or self.id, done, detail=f"{outcome}: {'; '.join(reasons)}")
+        self.audit(self.record.kind, self.record.version or self.id, done, detail=f"{outcome}: {'; '.join(reasons)}")
         return self._journal.close(outcome, reasons)  # type: ignore[arg-type]
 
     def _clear_candidate(self, outcome: str) -> None:
@@ -232,19 +282,38 @@ class ReleaseSession:
             registry.clear_alias("candidate", by=self.record.requested_by, reason=f"release {self.id} {outcome}")
 
     def tidy(self) -> None:
-        """Remove local copies that no rollback needs."""
+        """Remove copies that no rollback and no resumed release needs."""
         tidy_work_folders(self.systems.settings.registry.keep_work_folders)
+        tidy_trainings(self.systems.store, self.systems.bucket, RESUMABLE)
+
+    def taken_over(self) -> bool:
+        """Whether somebody else took this run's lease or its turn: the record and the cluster are theirs then."""
+        try:
+            recovery.check_turn(self.systems.cluster, self.record)
+            current = holder(self.systems.store, self.systems.bucket, recovery.lease_of(self.record.kind))
+        except SafetyError:
+            return True
+        except ExternalError:
+            return False
+        return current is None or current.owner != self.id
 
     def fail(self, error: BaseException) -> None:
-        """An error ended the release: no unjudged canary is left behind, and the record says why."""
+        """An error ended the release: no unjudged canary is left behind, and the record says why.
+
+        One that somebody else has ended meanwhile is left as they left it: the cluster may be another's by now.
+        """
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         with contextlib.suppress(ExternalError):  # then the watchdog in the cluster and `khet doctor --fix` act
+            if self.taken_over():
+                report(self.record.kind.replace("_", " "), "failed", f"somebody else ended it: {text}")
+                return
             recovery.undo_canary(self.systems, self._journal)
+            recovery.undo_update(self.systems, self._journal)
             # A promotion that was begun stays open: it was judged, so the next run finishes it.
             outcome = "running" if self.record.intent else "failed"
             self._journal.change(outcome=outcome, reasons=(text,), finished_at=utc_now())
-            self.audit("release", self.record.version or self.id, "failed", detail=text)
-        report("release", "failed", text)
+            self.audit(self.record.kind, self.record.version or self.id, "failed", detail=text)
+        report(self.record.kind.replace("_", " "), "failed", text)
 
 
 def run_tail(flow_run_id: str | None) -> str:
@@ -253,22 +322,28 @@ def run_tail(flow_run_id: str | None) -> str:
 
 
 @contextlib.contextmanager
-def open_session(run_id: str, asked: Mapping[str, Any], resume: str | None) -> Iterator[ReleaseSession]:
-    """Hold the one release lease, finish or undo what others left, and open this release's record.
+def open_session(
+    run_id: str, asked: Mapping[str, Any], resume: str | None = None, kind: Kind = "release"
+) -> Iterator[ReleaseSession]:
+    """Hold the one lease for runs of this kind, finish or undo what others left, and open this run's record.
 
     Raises:
-        SafetyError: another release is running.
+        SafetyError: another run holds the lease.
         ConfigError: nothing to resume under that id.
     """
     connected = systems()
-    owner = resume or run_id
-    recovery.free_lease_of_the_dead(connected, LEASE)
-    recovery.refuse_running(connected, LEASE, owner)
-    with Lease.acquire(connected.store, connected.bucket, LEASE, owner, LEASE_TTL_S) as lease:
-        for left in recovery.left_behind(connected, but=owner):
+    owner, name = resume or run_id, recovery.lease_of(kind)
+    recovery.free_lease_of_the_dead(connected, name)
+    recovery.refuse_running(connected, name, owner)
+    with Lease.acquire(connected.store, connected.bucket, name, owner, LEASE_TTL_S) as lease:
+        if name == LEASE:
+            recovery.take_turn(connected.cluster, owner)
+            recovery.settle(connected)
+            recovery.seed_memory(connected)
+        for left in recovery.left_behind(connected, but=owner, lease=name):
             recovery.recover(connected, left)
-        session = ReleaseSession(connected, _open_journal(connected, run_id, asked, resume), lease)
-        report("release", "note", f"release {session.id}")
+        session = ReleaseSession(connected, _open_journal(connected, run_id, asked, resume, kind), lease)
+        report("release", "note", f"{kind.replace('_', ' ')} {session.id}")
         try:
             yield session
         except KhetError as error:
@@ -280,9 +355,9 @@ def open_session(run_id: str, asked: Mapping[str, Any], resume: str | None) -> I
             raise
 
 
-def _open_journal(connected: Systems, run_id: str, asked: Mapping[str, Any], resume: str | None) -> Journal:
+def _open_journal(connected: Systems, run_id: str, asked: Mapping[str, Any], resume: str | None, kind: Kind) -> Journal:
     if resume is None:
-        return Journal.start(connected.store, connected.bucket, _new_record(connected, run_id, asked))
+        return Journal.start(connected.store, connected.bucket, new_record(connected, run_id, asked, kind))
     journal = connected.journal(resume)
     if journal.record.outcome not in RESUMABLE:
         raise ConfigError(
@@ -293,10 +368,12 @@ def _open_journal(connected: Systems, run_id: str, asked: Mapping[str, Any], res
     return journal
 
 
-def _new_record(connected: Systems, run_id: str, asked: Mapping[str, Any]) -> ReleaseRecord:
+def new_record(connected: Systems, run_id: str, asked: Mapping[str, Any], kind: Kind) -> ReleaseRecord:
+    """The record of a run that begins now."""
     production = connected.registry.alias("production")
     return ReleaseRecord(
         release_id=run_id,
+        kind=kind,
         started_at=utc_now(),
         requested_by=requester(),
         process=recovery.this_process(),
@@ -310,6 +387,23 @@ def baseline_wanted(connected: Systems) -> bool:
     current = connected.settings
     sizes = {"replicas": current.cluster.replicas, "canary": current.cluster.canary_replicas}
     return wants_baseline(connected.cluster, current.canary, **sizes)
+
+
+def settled_version(gateway_url: str | None, wanted: Version | None) -> Version | None:
+    """The version that answers at the gateway, as soon as it is `wanted` several times in a row; else the other one.
+
+    Replicas that end go on answering for seconds, until everybody who routes to them has heard of it.
+
+    Raises:
+        ExternalError: the gateway itself cannot be reached.
+    """
+    over, agreed = time.monotonic() + _SETTLING_S, 0
+    while True:
+        found = answering_version(gateway_url)
+        agreed = agreed + 1 if found == wanted else 0
+        if agreed == _IN_A_ROW or gateway_url is None or (not agreed and time.monotonic() > over):
+            return found
+        time.sleep(_ASK_AGAIN_S)
 
 
 def answering_version(gateway_url: str | None) -> Version | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import getpass
 import os
@@ -31,6 +32,11 @@ class Systems:
     def bucket(self) -> str:
         """Where models, leases and release records are."""
         return self.settings.object_store.models_bucket
+
+    def impatient(self, patience_s: float) -> Systems:
+        """The same, where a call of the object store gives up after about `patience_s`."""
+        store, registry = self.store.with_patience(patience_s), self.registry.with_patience(patience_s)
+        return dataclasses.replace(self, store=store, registry=registry)
 
     def journal(self, release_id: str) -> Journal:
         """The record of a release."""

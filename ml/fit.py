@@ -17,19 +17,24 @@ from configs.settings import settings
 from configs.training import TrainingConfig
 from ml import checkpoint, pictures
 from ml.checkpoint import Trained
+from ml.checkpoint_store import BEST, LAST
 from ml.dataset import Dataset
-from ml.hardware import cores, describe
+from ml.hardware import cores, describe, first_rank
 from ml.images import DECODE_CONTRACT
 from ml.module import Arrays, Classifier
 from ml.net import build
 from ml.progress import Display
-from ml.recorder import BEST, LAST, Recorder
+from ml.recorder import Recorder
 from ml.results import Epoch, TrainResult
 from ml.tracking import Silent, Tracker, tracker
 
 
-def fit(config: TrainingConfig, data: Dataset, out: Path, run_id: str) -> TrainResult:
+def fit(
+    config: TrainingConfig, data: Dataset, out: Path, run_id: str, on_saved: Callable[[int, int], None]
+) -> TrainResult:
     """Train, or go on from out/last.ckpt, and write best.ckpt and curves.png.
+
+    `on_saved(step, epoch)` is called in the process that writes, after each state it wrote.
 
     Raises:
         ConfigError: the data or the start weights do not fit the configuration.
@@ -45,7 +50,7 @@ def fit(config: TrainingConfig, data: Dataset, out: Path, run_id: str) -> TrainR
     module = Classifier(net, config, _arrays(data, config.px))
     follower = _tracker(config, out, run_id)
     with Display(f"training {config.net}") as display:
-        recorder = Recorder(out, module, _describer(config, data), follower, display)
+        recorder = Recorder(out, module, _describer(config, data), follower, display, on_saved)
         trainer = _trainer(config, [recorder], out)
         trainer.fit(module, ckpt_path=resume, weights_only=True)
     result = _result(config, data, out, recorder, module)
@@ -53,6 +58,12 @@ def fit(config: TrainingConfig, data: Dataset, out: Path, run_id: str) -> TrainR
         pictures.curves(result.history, out / "curves.png")
         follower.finish({"best_val_accuracy": result.best_val_accuracy}, {"curves": out / "curves.png"})
     return result
+
+
+def wait_for_all() -> None:
+    """Return when every process of this training has called it: none ends while another may still need it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _quiet() -> None:
@@ -79,7 +90,7 @@ def _arrays(data: Dataset, px: int) -> Arrays:
 
 
 def _tracker(config: TrainingConfig, out: Path, run_id: str) -> Tracker:
-    if not config.tracking or os.environ.get("LOCAL_RANK", "0") != "0":
+    if not config.tracking or not first_rank():
         return Silent()
     return tracker(settings().tracking, out, run_id, config.model_dump(mode="json"))
 
@@ -102,17 +113,23 @@ def _trainer(config: TrainingConfig, callbacks: list[pl.Callback], out: Path) ->
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     return pl.Trainer(
-        accelerator=config.accelerator, devices=config.devices, strategy=_strategy(config),
+        accelerator=config.accelerator, devices=config.devices, num_nodes=config.nodes, strategy=_strategy(config),
         precision=_precision(config, cuda), max_epochs=config.budget.epochs or -1,
         check_val_every_n_epoch=config.validate_every,
-        sync_batchnorm=cuda and config.devices > 1, use_distributed_sampler=False, num_sanity_val_steps=0,
+        sync_batchnorm=cuda and config.devices * config.nodes > 1,
+        use_distributed_sampler=False, num_sanity_val_steps=0,
         callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=out,
     )  # fmt: skip
 
 
 def _strategy(config: TrainingConfig) -> str:
-    return "ddp" if config.devices > 1 or config.strategy == "ddp" else "auto"
+    if config.nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # it would wait for ever for the others
+        raise ConfigError(
+            f"nodes is {config.nodes}, and nothing has started the others. Nothing was trained. "
+            f"Next: on each machine, torchrun --nnodes={config.nodes} ... --module ml.train ..."
+        )
+    return "ddp" if config.devices * config.nodes > 1 or config.strategy == "ddp" else "auto"
 
 
 def _precision(config: TrainingConfig, cuda: bool) -> Any:

@@ -16,6 +16,14 @@ def quiet_threads() -> None:
         os.environ.setdefault(name, value)
 
 
+def first_rank() -> bool:
+    """Whether this is the process that writes, of all that train one model.
+
+    torchrun numbers them over all machines (RANK); Lightning starts those of one machine as copies with LOCAL_RANK.
+    """
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def cores() -> int:
     """Cores this process may use: its affinity, cut by the container's CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

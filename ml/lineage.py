@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -17,6 +18,8 @@ from ml.objects import file_sha256
 from ml.version import Version
 
 LOCK = "requirements.lock"
+# Written into images (deployments/images), where there is no git: `git describe --always --abbrev=40 --dirty`.
+REVISION = "REVISION"
 # Those that can change what a model answers, and the project itself.
 _PACKAGES = (
     "khet-guard-pipelines",
@@ -31,6 +34,7 @@ _PACKAGES = (
     "prefect",
 )
 _GIT_TIMEOUT_S = 20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _log = logging.getLogger(__name__)
 
 
@@ -67,13 +71,22 @@ def collect_lineage(
 
 
 def code_state(root: Path) -> tuple[str | None, bool | None]:
-    """The commit of the code in `root`, and whether files differ from it. (None, None) where that cannot be known:
-    no git, no repository, or one that is not this project's (an installed copy inside another checkout)."""
+    """The commit of the code in `root`, and whether files differ from it. An image says so in a file. (None, None)
+    where it cannot be known: no git, or a repository that is not this project's (an installed copy inside another)."""
+    if (root / REVISION).is_file():
+        return _recorded((root / REVISION).read_text(encoding="utf-8").strip())
     if _git(root, "ls-files", "--error-unmatch", "pyproject.toml") is None:
         return None, None
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain")
     return commit, None if changes is None else bool(changes)
+
+
+def _recorded(revision: str) -> tuple[str | None, bool | None]:
+    commit = revision.removesuffix("-dirty")
+    if _COMMIT.fullmatch(commit) is None:  # built without --build-arg REVISION
+        return None, None
+    return commit, commit != revision
 
 
 def packages() -> dict[str, str]:

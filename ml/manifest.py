@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from configs.errors import IntegrityError
+from ml.parquet import read_rows
 from ml.results import Record
 from ml.splits import SPLITS
 
@@ -68,7 +68,7 @@ def read_manifest(root: Path, info: DatasetInfo) -> pa.Table:
         raise IntegrityError(f"{path} cannot be read ({error.strerror}). {REPAIR}") from error
     if hashlib.sha256(data).hexdigest() != info.manifest_sha256:
         raise IntegrityError(f"{path} does not match its hash in {INFO}. {REPAIR}")
-    rows: pa.Table = pq.read_table(pa.BufferReader(data))
+    rows: pa.Table = read_rows(data)
     if manifest_hash(rows) != info.manifest_hash:
         raise IntegrityError(f"{path} does not hold the rows that {INFO} promises. {REPAIR}")
     return rows

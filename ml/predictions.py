@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from configs.errors import IntegrityError
+from ml.parquet import read_rows
 
 PREDICTIONS = "predictions.parquet"
 Names = npt.NDArray[np.object_]
@@ -34,7 +34,7 @@ class Predictions:
             IntegrityError: the file is missing, damaged, or names an image twice.
         """
         try:
-            table = pq.read_table(path)
+            table = read_rows(path)
             image = _names(table, "sha256")
             group = _names(table, "group") if "group" in table.column_names else image
             found = cls(image, _names(table, "label"), _names(table, "predicted"), group)

@@ -12,17 +12,19 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
+from configs.errors import SafetyError
 from ml import checkpoint
 from ml.checkpoint import Trained
+from ml.checkpoint_store import BEST, LAST
 from ml.module import Classifier
 from ml.progress import FILE, Display, ProgressLog, Tick, TrainingInterrupted
 from ml.results import Epoch
 from ml.tracking import Tracker
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 _TICK_S = 1.0
 
 
@@ -31,13 +33,20 @@ class Recorder(Checkpoint):
 
     A `Checkpoint` callback: Lightning runs those after all others.
     best.ckpt is written before last.ckpt: a run killed in between repeats that epoch and writes it again.
+    `on_saved` hears of every state, with its step and epoch, in the process that wrote it.
     """
 
     def __init__(
-        self, out: Path, module: Classifier, describe: Callable[[Epoch], Trained], tracker: Tracker, display: Display
+        self,
+        out: Path,
+        module: Classifier,
+        describe: Callable[[Epoch], Trained],
+        tracker: Tracker,
+        display: Display,
+        on_saved: Callable[[int, int], None],
     ) -> None:
         self._out, self._module, self._describe = out, module, describe
-        self._tracker, self._display = tracker, display
+        self._tracker, self._display, self._on_saved = tracker, display, on_saved
         self._log: ProgressLog | None = None
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
@@ -73,6 +82,7 @@ class Recorder(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _refuse_apart(trainer)
         self.resumed_from = trainer.global_step or None
         self._mark = self._ticked = time.monotonic()
         # After Lightning, whose own handler would run a collective inside a signal handler.
@@ -166,6 +176,7 @@ class Recorder(Checkpoint):
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             partial.replace(self._out / LAST)
+            self._on_saved(trainer.global_step, trainer.current_epoch)
 
     def _interrupt(self, trainer: pl.Trainer) -> None:
         self._save(trainer)
@@ -190,6 +201,22 @@ class _Asker:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  (the signature of handlers)
         self._module.stop_asked = True
+
+
+def _refuse_apart(trainer: pl.Trainer) -> None:
+    """Processes that started from different states would train something that nobody asked for.
+
+    Raises:
+        SafetyError: they did, in each of them; when all start again they find the same state.
+    """
+    if trainer.world_size == 1:
+        return
+    steps = trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=trainer.strategy.root_device))
+    if steps.min() != steps.max():
+        raise SafetyError(
+            f"The processes of this training start from different steps ({sorted(set(steps.tolist()))}): a state was "
+            "stored while they looked for one. Nothing was trained. Next: start all of them again."
+        )
 
 
 def _better(new: Epoch, old: Epoch) -> bool:

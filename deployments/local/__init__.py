@@ -6,7 +6,7 @@ Nothing outside this folder knows that they are embedded: everybody else reads a
 from __future__ import annotations
 
 from deployments.local.doctor import doctor
-from deployments.local.lifecycle import down, status, up
+from deployments.local.lifecycle import choose, down, status, up
 from deployments.local.prefect_parts import flow_environment
 from deployments.local.state import Check, PartEvent, PartState, Phase, StackState
 
@@ -16,6 +16,7 @@ __all__ = [
     "PartState",
     "Phase",
     "StackState",
+    "choose",
     "doctor",
     "down",
     "flow_environment",

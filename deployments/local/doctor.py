@@ -41,9 +41,18 @@ def doctor() -> list[Check]:
         settings = load_settings()
     except ConfigError as error:
         return [Check(name="settings", ok=False, detail=str(error), fix="Correct the named key.")]
-    with concurrent.futures.ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        asked = [pool.submit(_ask, name, question, fix, settings) for name, (question, fix) in QUESTIONS.items()]
+    questions = {name: asked for name, asked in QUESTIONS.items() if _applies(name, settings)}
+    with concurrent.futures.ThreadPoolExecutor(len(questions)) as pool:
+        asked = [pool.submit(_ask, name, question, fix, settings) for name, (question, fix) in questions.items()]
         return [Check(name="settings", ok=True, detail="valid"), *(answer.result() for answer in asked)]
+
+
+def _applies(name: str, settings: Settings) -> bool:
+    """Where replicas are pods, the cluster is asked about them (tasks.cluster.kubernetes.inspection). Where all servers
+    run elsewhere too, there is no stack here."""
+    stack, on_node = settings.stack, settings.cluster.backend == "local-node"
+    runs_here = on_node or "embedded" in (stack.object_store, stack.database, stack.orchestrator)
+    return (on_node or name not in _OF_THE_NODE) and (runs_here or name not in _OF_THE_STACK)
 
 
 def _ask(name: str, question: Question, fix: str, settings: Settings) -> Check:
@@ -200,6 +209,8 @@ def _ms(started: float) -> str:
     return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
+_OF_THE_NODE = ("node", "gateway")
+_OF_THE_STACK = ("supervisor", "worker", "automations", "ports", "file modes")
 QUESTIONS: dict[str, tuple[Question, str]] = {
     "supervisor": (_supervisor, _RESTART),
     "object store": (_object_store, _RESTART),

@@ -17,11 +17,11 @@ from pydantic import ValidationError
 
 from configs import settings as configured
 from configs.errors import ConfigError, ExternalError, KhetError, SafetyError
-from configs.settings import PROJECT_ROOT, Settings, home
+from configs.settings import PROJECT_ROOT, Settings, check_areas, home, load_settings
 from deployments.local import process, stack
 from deployments.local.files import Layout
 from deployments.local.process import Identity, Launch
-from deployments.local.site import Site
+from deployments.local.site import Site, remember
 from deployments.local.state import PartEvent, PartState, Phase, StackState
 from deployments.local.stopping import stop_everything
 
@@ -58,6 +58,34 @@ def up(settings: Settings, *, on_event: OnEvent = _ignore, wait_for: Collection[
         if supervisor is None:
             supervisor = _start_supervisor(settings, layout)
         return _follow(layout, supervisor, wait_for, settings.stack.start_timeout_s + 10, on_event, started)
+
+
+def choose(*, listen: str | None = None, backend: str | None = None) -> None:
+    """Keep two choices in the settings file, before `up`: the address that pods reach this stack at (`loopback`: none),
+    and what replicas are, processes of a local node or pods of Kubernetes. None leaves a choice as it is.
+
+    Raises:
+        ConfigError: no such address or backend. Nothing was changed.
+        SafetyError: the stack runs as it was chosen before. Nothing was changed.
+    """
+    address = None if listen == "loopback" else listen
+    chosen: dict[str, dict[str, str | None]] = {
+        **({"stack": {"listen": address}} if listen is not None else {}),
+        **({"cluster": {"backend": backend}} if backend is not None else {}),
+    }
+    check_areas(chosen, "khet up")
+    current, layout = load_settings(), Layout(home())
+    same = (
+        listen is None or address == (str(current.stack.listen) if current.stack.listen else None),
+        backend in (None, current.cluster.backend),
+    )
+    if all(same):
+        return
+    if process.recall(layout.supervisor) is not None:
+        raise SafetyError(
+            "The stack runs as it was chosen before; nothing was changed. Next: `khet down`, then the same again."
+        )
+    remember(layout, chosen)
 
 
 def down(*, on_event: OnEvent = _ignore) -> None:

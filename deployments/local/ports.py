@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,14 @@ NAMES = (
 # SeaweedFS's maintenance worker looks for the admin server at its port + 10000, whatever it was told.
 _PAIRED = {"weed_admin": "weed_admin_grpc"}
 PAIR_OFFSET = 10_000
+# SeaweedFS's inner gRPC ports have a socket in /tmp beside them: its source fixes that place, no option moves them.
+_SOCKETS = {
+    "master_grpc": "master",
+    "volume_grpc": "volume",
+    "filer_grpc": "filer",
+    "s3_grpc": "s3",
+    "weed_admin_grpc": "admin",
+}
 # Below Linux's default range for outgoing connections (32768-60999): a remembered port is not taken by a mere client.
 FIRST, LAST = 20_000, 32_000
 
@@ -32,6 +41,15 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def shared_socket(name: str, port: int) -> Path | None:
+    """The socket outside of the home folder that a server makes beside this port; None: it makes none.
+
+    It removes it when it ends, and it stays after a kill -9.
+    """
+    there = _SOCKETS.get(name)
+    return Path(f"/tmp/seaweedfs-{there}-grpc-{port}.sock") if there else None  # noqa: S108
 
 
 def remembered(path: Path) -> dict[str, int]:
@@ -70,8 +88,17 @@ def choose(path: Path, fixed: Mapping[str, int], in_use: Iterable[str] = ()) -> 
 
 
 def _suits(name: str, port: int, others: set[int]) -> bool:
-    wanted = [port, port + PAIR_OFFSET] if name in _PAIRED else [port]
-    return all(p not in others and p < 65_536 and is_free(p) for p in wanted)
+    wanted = {name: port, **({_PAIRED[name]: port + PAIR_OFFSET} if name in _PAIRED else {})}
+    return all(p not in others and p < 65_536 and is_free(p) and not _barred(n, p) for n, p in wanted.items())
+
+
+def _barred(name: str, port: int) -> bool:
+    """Whether another user's server, killed or running, left its socket there: nobody else may take it away."""
+    path, me = shared_socket(name, port), os.geteuid()
+    try:
+        return path is not None and me not in (0, path.lstat().st_uid)
+    except FileNotFoundError:
+        return False
 
 
 def _free_port(name: str, others: set[int]) -> int:

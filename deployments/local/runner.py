@@ -94,7 +94,11 @@ class Runner(threading.Thread):
         self._who = process.identify(self._process.pid)
         if self._who is None:
             raise ExternalError(f"{self.part.name}: ended at once with {self._process.poll()}")
-        process.remember(path, self._who, self.part.launch().fingerprint)
+        try:
+            process.remember(path, self._who, self.part.launch().fingerprint)
+        except OSError:  # a process that nobody knows of would run beside the next one
+            self._end(self._who)
+            raise
         self._state = self._state.model_copy(update={"pid": self._who.pid, "since": datetime.now(UTC)})
         self._show(Phase.starting, "waiting for it to answer")
 
@@ -104,8 +108,11 @@ class Runner(threading.Thread):
 
     def _end_remains(self) -> None:
         """End the process that is to be replaced. What the worker and the node started is not theirs to take along."""
-        who = process.recall(self._layout.pid(self.part.name))
-        if who is None or not who.signal(self.part.stop_signal):
+        if (who := process.recall(self._layout.pid(self.part.name))) is not None:
+            self._end(who)
+
+    def _end(self, who: Identity) -> None:
+        if not who.signal(self.part.stop_signal):
             return
         if not process.wait_gone([who], 5.0, self._reap):
             who.signal(signal.SIGKILL)

@@ -19,7 +19,7 @@ from typing import Any
 from configs.areas import ObjectStoreSettings
 from configs.errors import ConfigError, ExternalError
 from deployments.local.files import private_folder, write_json, write_private
-from deployments.local.ports import LOOPBACK
+from deployments.local.ports import LOOPBACK, shared_socket
 from deployments.local.process import Launch
 from deployments.local.site import Site
 
@@ -187,10 +187,5 @@ def _furnish(client: Any, store: ObjectStoreSettings) -> None:
 
 
 def shared_sockets(ports: Mapping[str, int]) -> list[Path]:
-    """The server's inner gRPC sockets: their place in /tmp is fixed in its source, no option moves them.
-
-    It removes them when it ends; after a kill -9 they are the one thing that would stay outside the home folder.
-    """
-    names = {"master": "master", "volume": "volume", "filer": "filer", "s3": "s3", "weed_admin": "admin"}
-    known = {there: ports[f"{here}_grpc"] for here, there in names.items() if f"{here}_grpc" in ports}
-    return [Path(f"/tmp/seaweedfs-{there}-grpc-{port}.sock") for there, port in known.items()]  # noqa: S108
+    """The server's sockets outside of the home folder."""
+    return [path for name, port in ports.items() if (path := shared_socket(name, port)) is not None]

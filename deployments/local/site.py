@@ -61,8 +61,11 @@ class Site:
 
     @property
     def prefect_auth(self) -> str | None:
-        """user:password of Prefect's API, or None where it asks for none."""
-        return f"{PREFECT_USER}:{self.secrets.prefect_password}" if self.settings.stack.prefect_auth else None
+        """user:password of Prefect's API, or None where it asks for none: never where others than this machine reach
+        it, for whoever may start flow runs may run programs."""
+        stack = self.settings.stack
+        guarded = stack.prefect_auth or stack.listen is not None
+        return f"{PREFECT_USER}:{self.secrets.prefect_password}" if guarded else None
 
     def dsn(self, user: str = DATABASE, database: str = DATABASE) -> str:
         """Connection string of the embedded PostgreSQL."""
@@ -88,12 +91,13 @@ class Site:
         private, public = signing_keys(self.layout.keys)
         written: dict[str, dict[str, Any]] = {
             "registry": {"signing_key": str(private), "trusted_keys": [str(public)]},
-            "cluster": {
+        }
+        if self.settings.cluster.backend == "local-node":
+            written["cluster"] = {
                 "node_url": self.url("node"),
                 "node_token": self.secrets.node_token,
                 "gateway_url": self.url("gateway"),
-            },
-        }
+            }
         if self.settings.stack.orchestrator == "embedded":
             auth = {"auth_string": self.prefect_auth} if self.prefect_auth else {}
             written["orchestrator"] = {"api_url": self.api_url, **auth}
@@ -110,16 +114,14 @@ class Site:
     def write_settings(self) -> None:
         """Merge `written_settings` into the settings file: what a person added there stays."""
         path = self.layout.settings
-        current = read_yaml(path) if path.exists() else {}
-        merged = {area: dict(values or {}) for area, values in current.items()}
+        merged = _areas(path)
         if self.settings.stack.orchestrator == "embedded" and not self.prefect_auth:
             merged.get("orchestrator", {}).pop("auth_string", None)
-        for area, values in self.written_settings().items():
-            merged.setdefault(area, {}).update(values)
-        header = "# Written by `khet up`: addresses and credentials of the local stack. Your own additions are kept.\n"
-        text = header + yaml.safe_dump(merged, sort_keys=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_private(path, text)
+        if self.settings.cluster.backend != "local-node" and merged.get("cluster", {}).pop("node_url", None):
+            # Of the node that replicas ran on before; its gateway is not where they answer now.
+            for name in ("node_token", "gateway_url"):
+                merged["cluster"].pop(name, None)
+        _write(path, merged, self.written_settings())
 
     def environment(self, part: str, **extra: str) -> dict[str, str]:
         """The environment of a part: little is inherited, and its HOME and TMPDIR are below the home folder."""
@@ -139,6 +141,27 @@ class Site:
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         return self.environment(part, **(own | python | extra))
+
+
+def remember(layout: Layout, chosen: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Add what a person chose to the settings file, as if they had written it there; whether that changed anything."""
+    layout.make()
+    before = _areas(layout.settings)
+    _write(layout.settings, _areas(layout.settings), chosen)
+    return before != _areas(layout.settings)
+
+
+def _areas(path: Path) -> dict[str, dict[str, Any]]:
+    return {area: dict(values or {}) for area, values in (read_yaml(path) if path.exists() else {}).items()}
+
+
+def _write(path: Path, merged: dict[str, dict[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> None:
+    for area, values in changes.items():
+        merged.setdefault(area, {}).update(values)
+    header = "# Written by `khet up`: addresses and credentials of the local stack. Your own additions are kept.\n"
+    text = header + yaml.safe_dump(merged, sort_keys=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_private(path, text)
 
 
 def _fixed(settings: Settings) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deployments.local import node, process
+from deployments.local.door import OPENED, Door
 from deployments.local.files import Layout
 from deployments.local.node import NODE_PORTS, Node
 from deployments.local.parts import Part
@@ -14,7 +15,7 @@ from deployments.local.process import Identity
 from deployments.local.seaweedfs import WEED_PORTS, ObjectStore
 from deployments.local.site import Site
 
-NAMES = frozenset({"object-store", "postgres", "prefect-server", "prefect-worker", "node"})
+NAMES = frozenset({"object-store", "postgres", "prefect-server", "prefect-worker", "node", "door"})
 PART_PORTS = {"object-store": WEED_PORTS, "postgres": ("postgres",), "prefect-server": ("prefect",), "node": NODE_PORTS}
 
 
@@ -27,8 +28,11 @@ def parts(site: Site) -> list[Part]:
         chosen.append(Postgres(site))
     if site.settings.stack.orchestrator == "embedded":
         chosen += [PrefectServer(site), PrefectWorker(site)]
-    if node.is_installed():
+    if site.settings.cluster.backend == "local-node" and node.is_installed():
         chosen.append(Node(site, needs=("object-store",) if site.settings.stack.object_store == "embedded" else ()))
+    opened = tuple(part.name for part in chosen if part.name in OPENED)
+    if site.settings.stack.listen is not None and opened:
+        chosen.append(Door(site, opened))
     return chosen
 
 

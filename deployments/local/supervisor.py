@@ -86,10 +86,11 @@ class Supervisor:
         self._asked_to_stop.set()
 
     def run(self) -> None:
-        """Supervise until asked to stop, then stop everything."""
+        """Supervise until asked to stop, or until the home folder is gone; then stop everything."""
         for runner in self._runners.values():
             runner.start()
-        while not self._asked_to_stop.wait(HOUSEKEEPING_S):
+        # Without the folder nobody could find this stack any more, or end it.
+        while not self._asked_to_stop.wait(HOUSEKEEPING_S) and self._site.layout.run.is_dir():
             cut_logs(self._site.layout)
         log.info("stopping")
         for runner in self._runners.values():

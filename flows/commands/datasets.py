@@ -35,6 +35,19 @@ def sample(name: str, count: int | None, seed: int, *, as_json: bool) -> None:
     _show(report, as_json=as_json)
 
 
+def fetch(name: str, *, as_json: bool) -> None:
+    """Bring a dataset here."""
+    from tasks.datasets import fetch_dataset
+
+    with _bar(f"fetching {name}", quiet=as_json) as on_progress:
+        dataset = fetch_dataset(name, load_settings(), on_progress=on_progress)
+    if as_json:
+        print_json({"root": dataset.root, **dataset.info.model_dump(mode="json")})
+        return
+    what = f"{dataset.info.images} images, manifest {dataset.manifest_hash[:12]}"
+    out.print(f"{name}: {what}, in {shown_path(dataset.root)}", markup=False)
+
+
 def show_list(*, as_json: bool) -> None:
     """Every dataset in the store."""
     from tasks.datasets import list_datasets

@@ -1,4 +1,4 @@
-"""`khet release`, `rollback` and `approve`: run a flow in this terminal and follow it."""
+"""`khet release`, `train` and `approve`: run a flow in this terminal and follow it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def release(parameters: dict[str, Any], *, as_json: bool) -> None:
         print_json(record)
         return
     if record.outcome == "dry_run":
+        out.print(record.diff, markup=False)
         out.print(f"Dry run: release of {record.version}, nothing was changed. The steps are listed above.")
         return
     from flows.reporting import report_file
@@ -32,19 +33,22 @@ def release(parameters: dict[str, Any], *, as_json: bool) -> None:
     show_where()
 
 
-def rollback(parameters: dict[str, Any], *, as_json: bool) -> None:
-    """Run the rollback flow here."""
+def train(parameters: dict[str, Any], *, as_json: bool) -> None:
+    """Run the training flow here."""
     connect(settings(), quiet=True)
     with view(as_json):
-        from flows.rollback import rollback as flow
+        from flows.train import train as flow
 
-        record = run_flow(flow, parameters)
+        training = run_flow(flow, parameters)
     if as_json:
-        print_json(record)
-    elif record.outcome == "dry_run":
-        out.print(f"Dry run: rollback to {record.version}, nothing was changed.")
-    else:
-        out.print(f"[bold green]{record.version} serves all traffic.[/] {'; '.join(record.reasons)}")
+        print_json(training)
+        return
+    if training.outcome == "dry_run":
+        out.print(f"Dry run: nothing was changed. It would be kept in {training.address}.", markup=False)
+        return
+    out.print(f"Validation accuracy {training.val_accuracy:.1%} after {training.epochs} epochs.", markup=False)
+    out.print(f"Stored       {training.address}", markup=False)
+    out.print(f"Here         {shown_path(training.folder)}", markup=False)
 
 
 def approve(release_id: str | None, *, approve: bool, comment: str) -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from configs.errors import ConfigError, ExternalError
-from configs.settings import load_settings
+from configs.settings import load_settings, local_file
 from deployments import local
 from deployments.local import PartEvent, StackState
 from flows.terminal import err, out, print_json, print_table
@@ -47,7 +47,8 @@ def show(state: StackState, *, as_json: bool) -> None:
     print_table("Local stack", ["part", "state", "address", "pid", "up for", "restarts"], rows)
     current = load_settings()
     if api := current.orchestrator.api_url:
-        out.print(f"Prefect UI   {api.removesuffix('/api')}")
+        asks = f" (asks for orchestrator.auth_string of {local_file()})" if current.orchestrator.auth_string else ""
+        out.print(f"Prefect UI   {api.removesuffix('/api')}{asks}")
     if gateway := current.cluster.gateway_url:
         out.print(f"Predictions  {gateway}/predict")
 

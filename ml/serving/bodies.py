@@ -23,9 +23,12 @@ _LARGEST_BODIES_AT_ONCE: Final = 8
 _LINGER_BYTES: Final = 256_000_000
 
 
+# A copy of a request, whose answer nobody gets: counted apart from what users asked.
+SHADOW: Final = "shadow"
+SHADOW_HEADER: Final = b"x-khet-shadow"
 # Who asked, as the prediction log keeps it: copies for a canary and replayed holdout photos are no users' photos, and
 # whoever judges drift by the log must be able to leave them out.
-_SOURCES: Final = {b"x-khet-shadow": "shadow", b"x-khet-probe": "probe"}
+_SOURCES: Final = {SHADOW_HEADER: SHADOW, b"x-khet-probe": "probe"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import orjson
 
 from ml.images import ImageRejected
-from ml.serving.bodies import Body, Head, Message, Receive, Scope, Send, read_head
+from ml.serving.bodies import SHADOW, SHADOW_HEADER, Body, Head, Message, Receive, Scope, Send, read_head
 from ml.serving.refusals import Refused, refuse_image
 from ml.serving.service import Photo, Service
 
@@ -62,8 +62,13 @@ class Front:
                 status = await self._hand_on(scope, receive, send)
         finally:
             self._service.in_flight -= 1
-            label = path if path in self._known_paths else "other"
-            self._service.metrics.request_finished(status, label, time.perf_counter() - started)
+            self._service.metrics.request_finished(status, self._label(scope), time.perf_counter() - started)
+
+    def _label(self, scope: Scope) -> str:
+        path: str = scope["path"]
+        if path == PREDICT and any(name == SHADOW_HEADER for name, _ in scope["headers"]):
+            return SHADOW
+        return path if path in self._known_paths else "other"
 
     async def _predict(self, scope: Scope, receive: Receive, send: Send, started: float) -> int:
         head = read_head(scope)
@@ -120,7 +125,9 @@ class Front:
         await send({"type": "http.response.body", "body": answer, "more_body": more})
 
     def _stamp(self, request_id: str) -> tuple[tuple[bytes, bytes], ...]:
-        return (b"x-request-id", request_id.encode("ascii")), (b"x-model-version", self._version)
+        stamp = ((b"x-request-id", request_id.encode("ascii")), (b"x-model-version", self._version))
+        # A client that keeps its connection would send its next request just when this replica closes it.
+        return (*stamp, (b"connection", b"close")) if self._service.draining else stamp
 
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> int:
         request_id = choose_request_id(read_head(scope).request_id)

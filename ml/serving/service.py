@@ -13,7 +13,7 @@ import orjson
 from configs.areas import ServingSettings
 from configs.errors import SafetyError
 from ml.results import ModelMetadata
-from ml.serving.bodies import MULTIPART, Bodies
+from ml.serving.bodies import MULTIPART, SHADOW, Bodies
 from ml.serving.inference import Inference, Prediction
 from ml.serving.metrics import Metrics
 from ml.serving.multipart import extract_file
@@ -136,7 +136,8 @@ class Service:
             ImageRejected: the bytes are no acceptable image.
         """
         prediction = await self._workers.run(photo)
-        self.metrics.predicted(prediction.order[0], prediction.is_leaf, prediction.inference_s)
+        if photo.source != SHADOW:
+            self.metrics.predicted(prediction.order[0], prediction.is_leaf, prediction.inference_s)
         return self._answer(photo, prediction)
 
     def _work(self, photo: Photo) -> Prediction:

@@ -1,20 +1,29 @@
-"""What the flows can ask of a cluster. One Protocol, one adapter a backend; see `local_node` for the first.
+"""What the flows can ask of a cluster. One Protocol, one adapter a backend: `local_node` and `kubernetes`.
 
-A *track* is a group of replicas that serve one version: `stable` (production), `canary` (the challenger), and
-`baseline` (the champion once more, on as many replicas as the canary has and started as lately, to compare it with).
-Traffic weights say which share of the gateway's requests each track answers.
+A *track* is a group of replicas that serve one version: `stable` (production), `canary` (the challenger), `baseline`
+(the champion once more, on as many replicas as the canary has and started as lately, to compare it with), and
+`previous` (the version before, kept warm without traffic so that a rollback to it is a matter of seconds). Traffic
+weights say which share of the gateway's requests each track answers.
+
+What a cluster remembers (`memory`) is what a rollback needs when the registry does not answer.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
 from configs.settings import Settings
 from ml.version import Version
+from tasks.cluster.memory import Kept, Memory, Pending, Served, Turn
+
+__all__ = [
+    "Cluster", "ClusterStatus", "Kept", "Memory", "Pending", "ReplicaStatus", "Served", "Track", "TrackCounters",
+    "Turn", "cluster",
+]  # fmt: skip
 
 
 class Track(enum.StrEnum):
@@ -23,6 +32,7 @@ class Track(enum.StrEnum):
     stable = "stable"
     canary = "canary"
     baseline = "baseline"
+    previous = "previous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +51,17 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """Desired and actual state. `weights` sums to 1 when any track is served; `lease_expires_at`: see `set_weights`."""
+    """Desired and actual state. `weights` sums to 1 when any track is served; `lease_expires_at`: see `set_weights`.
+
+    `shares` is what the weights amount to, where a backend splits traffic by whole replicas; else the weights.
+    """
 
     versions: Mapping[Track, Version]
     replicas: tuple[ReplicaStatus, ...]
     weights: Mapping[Track, float]
     mirror: Mapping[Track, float]
     lease_expires_at: datetime | None
+    shares: Mapping[Track, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +130,9 @@ class Cluster(Protocol):
         With `lease_s`, all traffic returns to `stable` and mirroring stops unless `renew_lease` is called in time: the
         cluster itself guards users from an unjudged canary when the flow dies.
 
+        A backend that splits traffic by whole replicas comes as near as it can (`ClusterStatus.shares`), and a track
+        with a weight gets some. One whose `address` is not None only remembers `mirror`: the caller sends the copies.
+
         Raises:
             ConfigError: the weights do not sum to 1, or name a track that is not deployed.
             ExternalError: a track other than stable would get traffic and has no ready replica.
@@ -134,8 +151,8 @@ class Cluster(Protocol):
         """Drain and stop a track that has no weight. Raises SafetyError while it has traffic."""
 
     def rollback(self, version: Version, replicas: int) -> None:
-        """All traffic to `version` as fast as capacity allows: deploy on stable, wait, weight 1, remove canary and
-        baseline."""
+        """All traffic to `version` as fast as capacity allows: deploy on stable, wait, weight 1, remove every other
+        track. Where `previous` answers everybody, it does until stable can."""
 
     def room(self) -> int:
         """How many more replicas could run now beside those that do, or are about to; never negative. An estimate to
@@ -145,10 +162,24 @@ class Cluster(Protocol):
         """Desired and actual state, now."""
 
     def counters(self) -> Mapping[Track, TrackCounters]:
-        """Per-track counters of the gateway."""
+        """Per-track counters of the gateway; where there is none that counts, of the replicas since the first call."""
+
+    def reachable(self, weights: Mapping[Track, float], replicas: Mapping[Track, int]) -> Mapping[Track, float]:
+        """The shares that these weights would amount to with so many replicas of each track; see `set_weights`."""
+
+    def address(self, track: Track) -> str | None:
+        """Base URL that reaches just this track's replicas, for whoever compares tracks by sending each the same
+        request. None: the gateway mirrors requests itself."""
 
     def logs(self, track: Track, lines: int = 100) -> str:
         """The last log lines of the track's replicas."""
+
+    def memory(self) -> Memory:
+        """What the cluster remembers; nothing where stable is not deployed."""
+
+    def remember(self, change: Callable[[Memory], Memory]) -> Memory:
+        """Change what it remembers, and return it as it then is. `change` is pure: it is asked again where somebody
+        else changed the memory in between. What is unchanged is not written."""
 
 
 def cluster(settings: Settings) -> Cluster:
@@ -157,6 +188,10 @@ def cluster(settings: Settings) -> Cluster:
     Raises:
         ConfigError: no cluster is configured.
     """
+    if settings.cluster.backend == "kubernetes":
+        from tasks.cluster.kubernetes import KubernetesCluster
+
+        return KubernetesCluster.from_settings(settings.cluster)
     from tasks.cluster.local_node import LocalNode
 
     return LocalNode.from_settings(settings.cluster)

@@ -74,7 +74,7 @@ def read_gateway(text: str) -> dict[Track, TrackCounters]:
 
 
 def read_replica(text: str) -> TrackCounters:
-    """The counters of the one version in a replica's /metrics. It cannot tell copies and pinned requests from a user's,
+    """The counters of the one version in a replica's /metrics. It cannot tell pinned requests from a user's,
     and knows nothing of requests that never reached it.
 
     Raises:

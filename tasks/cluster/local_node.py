@@ -15,11 +15,13 @@ from configs.areas import ClusterSettings
 from configs.errors import ConfigError, ExternalError, KhetError, SafetyError
 from ml.version import Version
 from tasks.cluster import ClusterStatus, ReplicaStatus, Track, TrackCounters
+from tasks.cluster.memory import Memory
 
 _ERRORS: dict[str, type[KhetError]] = {kind.__name__: kind for kind in (ConfigError, ExternalError, SafetyError)}
 ParsedT = TypeVar("ParsedT")
 _POLL_S = 0.1
 _SHUTDOWN_S = 9.0
+_TRIES = 8
 
 
 class LocalNode:
@@ -104,6 +106,8 @@ class LocalNode:
         """
         self._post("/v1/rollback", version=str(version), replicas=replicas)
         self.wait_ready(Track.stable, self._ready_timeout_s)
+        self.set_weights({Track.stable: 1.0})
+        self.remove(Track.previous)
 
     def room(self) -> int:
         """See `Cluster.room`: one replica a core, as long as the free memory lasts."""
@@ -119,9 +123,36 @@ class LocalNode:
         found = self._get("/v1/counters")
         return _read("counters", lambda: {Track(track): _counters(row) for track, row in found.items()})
 
+    def reachable(
+        self,
+        weights: Mapping[Track, float],
+        replicas: Mapping[Track, int],  # noqa: ARG002  (the Protocol's)
+    ) -> Mapping[Track, float]:
+        """See `Cluster.reachable`: the gateway splits requests, not replicas."""
+        return dict(weights)
+
+    def address(self, track: Track) -> None:
+        """See `Cluster.address`: the gateway mirrors."""
+
     def logs(self, track: Track, lines: int = 100) -> str:
         """See `Cluster.logs`."""
         return str(self._get("/v1/logs", track=track, lines=lines)["text"])
+
+    def memory(self) -> Memory:
+        """See `Cluster.memory`."""
+        return _read("memory", lambda: Memory.model_validate(self._get("/v1/memory")))
+
+    def remember(self, change: Callable[[Memory], Memory]) -> Memory:
+        """See `Cluster.remember`."""
+        for _ in range(_TRIES):
+            old = self.memory()
+            new = change(old)
+            if new == old:
+                return old
+            new = new.model_copy(update={"revision": old.revision + 1})
+            if self._call("POST", "/v1/memory", json=new.model_dump(mode="json"))["kept"]:
+                return new
+        raise ExternalError("somebody else changes what the local node remembers all the time; nothing was changed.")
 
     def events(self, limit: int = 100) -> list[dict[str, str]]:
         """What the node did lately, oldest first: `at`, `kind`, `subject`, `detail`."""
@@ -194,6 +225,7 @@ def _status(answer: Mapping[str, Any]) -> ClusterStatus:
         weights={Track(t): float(w) for t, w in desired["weights"].items()},
         mirror={Track(t): float(w) for t, w in desired["mirror"].items()},
         lease_expires_at=datetime.fromisoformat(lease) if lease else None,
+        shares={Track(t): float(w) for t, w in desired["weights"].items()},
     )
 
 

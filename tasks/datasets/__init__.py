@@ -28,7 +28,15 @@ from ml.objects import ObjectStore
 from ml.pixelcache import Progress
 from tasks.datasets.store import DatasetStore
 
-__all__ = ["SAMPLE_COUNT", "fetch_dataset", "import_dataset", "list_datasets", "local_root", "sample_dataset"]
+__all__ = [
+    "SAMPLE_COUNT",
+    "dataset_info",
+    "fetch_dataset",
+    "import_dataset",
+    "list_datasets",
+    "local_root",
+    "sample_dataset",
+]
 
 SAMPLE_COUNT: Final = 4000
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -107,7 +115,18 @@ def fetch_dataset(name: str, settings: Settings, *, on_progress: Progress | None
         IntegrityError: the store's copy is damaged.
         ExternalError: the store or the disk failed.
     """
-    root, store = local_root(name), _store(settings)
+    root, info = local_root(name), dataset_info(name, settings)
+    _store(settings).fetch(info, root, on_progress)
+    return Dataset.open(root)
+
+
+def dataset_info(name: str, settings: Settings) -> DatasetInfo:
+    """What the store says about a dataset, without its images.
+
+    Raises:
+        ConfigError: the store has no such dataset; the message lists those it has.
+    """
+    store = _store(settings)
     info = store.info(name)
     if info is None:
         known = ", ".join(found.name for found in store.list()) or "none yet"
@@ -115,8 +134,7 @@ def fetch_dataset(name: str, settings: Settings, *, on_progress: Progress | None
             f"The object store has no dataset {name!r} (it has: {known}). "
             f"Next: `khet data import FOLDER --name {name}` or `khet data sample --name {name}`."
         )
-    store.fetch(info, root, on_progress)
-    return Dataset.open(root)
+    return info
 
 
 def list_datasets(settings: Settings) -> list[DatasetInfo]:

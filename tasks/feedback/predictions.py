@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
@@ -63,9 +62,10 @@ class PredictionLog:
 def _select(data: bytes, wanted: set[str]) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(io.BytesIO(data), columns=list(_COLUMNS))
+    from ml.parquet import read_rows
+
+    table = read_rows(data, _COLUMNS)
     ours = pc.is_in(table["request_id"], value_set=pa.array(sorted(wanted)))
     rows: list[dict[str, Any]] = table.filter(pc.and_(ours, pc.equal(table["source"], _ANSWERED))).to_pylist()
     return rows

@@ -73,6 +73,11 @@ class Registry:
             trusted_keys=settings.registry.trusted_keys,
         )
 
+    def with_patience(self, patience_s: float) -> Registry:
+        """The same registry for calls that must not take longer than about `patience_s`; see `ObjectStore`."""
+        store = self._store.with_patience(patience_s)
+        return Registry(store, self._bucket, signing_key=self._signing_key, trusted_keys=self._trusted, now=self._now)
+
     # Versions -----------------------------------------------------------------------------------------------------
 
     def reserve(self, bump: Bump | None = None, *, owner: str) -> Version:

@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from configs.settings import settings
 from configs.training import TrainingConfig
 from ml.bundle import Lineage
+from ml.checkpoint_store import LINEAGE
 from ml.lineage import collect_lineage
 from ml.results import Evaluation, ExportResult, ModelMetadata, TrainResult
 from ml.version import Version
@@ -67,7 +68,7 @@ def publish(release_id: str, publication: Publication) -> Version:
     registry.publish(
         version,
         folder,
-        lineage=_lineage(release_id, publication),
+        lineage=lineage_of(release_id, publication),
         metrics=_metrics(publication.evaluation),
         created_by=publication.created_by,
         on_progress=lambda done, total: report("publish", "running", f"{version}", done / max(total, 1)),
@@ -99,11 +100,16 @@ def assemble(release_id: str, version: Version, publication: Publication) -> Pat
 
 def _card(release_id: str, version: Version, publication: Publication, trained: TrainResult) -> str:
     metadata = ModelMetadata.read(publication.folder / "export" / "metadata.json")
-    lineage = _lineage(release_id, publication)
+    lineage = lineage_of(release_id, publication)
     return render_card(version, publication.evaluation, trained, publication.exported, metadata, lineage)
 
 
-def _lineage(release_id: str, publication: Publication) -> Lineage:
+def lineage_of(release_id: str, publication: Publication) -> Lineage:
+    """Where the version comes from; what trained elsewhere says so itself."""
+    made_elsewhere = publication.folder / "train" / LINEAGE
+    if made_elsewhere.exists():  # by other packages, maybe, than those of this process
+        made = Lineage.read(made_elsewhere)
+        return made.model_copy(update={"parent": publication.parent, "release_id": release_id})
     return collect_lineage(
         config=json.loads(publication.config.model_dump_json()),
         seed=publication.trained.seed,

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from configs.errors import ConfigError, IntegrityError
 from ml.results import Record
 
-Outcome = Literal["running", "promoted", "gated", "rolled_back", "declined", "failed", "dry_run"]
+Outcome = Literal["running", "promoted", "gated", "rolled_back", "declined", "failed", "done", "dry_run"]
+# `release` and `rollback` are those of models; the others are the runbook's deployment procedures.
+Kind = Literal["release", "rollback", "rolling_update", "blue_green", "ab_test", "scale", "restart"]
+Action = Literal["canary", "promote", "rollback", "update", "scale", "restart"]
 Severity = Literal["info", "warning", "error"]
 StageState = Literal["done", "cached", "failed", "skipped"]
 PREFIX = "releases/"
@@ -42,12 +45,16 @@ class Blobs(Protocol):
 
 
 class Intent(Record):
-    """The change in progress. `canary`: undo it after a crash; `promote` and `rollback`: finish it."""
+    """The change in progress. `canary` and `update`: undo it after a crash; the others: finish it.
 
-    action: Literal["canary", "promote", "rollback"]
+    `details` is what that takes beside the versions: replicas and images before and after, the track.
+    """
+
+    action: Action
     version: str
     previous: str | None
     at: datetime
+    details: dict[str, Any] = Field(default={})
 
 
 class StageRecord(Record):
@@ -79,11 +86,12 @@ class Process(Record):
 class ReleaseRecord(Record):
     """Everything a release knows about itself.
 
-    `parameters` are the flow's own, so that a resume repeats them; `stage` is the one in progress.
+    `parameters` are the flow's own, so that a resume repeats them; `stage` is the one in progress. `diff`: what the
+    change made of the cluster's objects, as `kubectl diff` shows it.
     """
 
     release_id: str
-    kind: Literal["release", "rollback"] = "release"
+    kind: Kind = "release"
     outcome: Outcome = "running"
     started_at: datetime
     finished_at: datetime | None = None
@@ -98,6 +106,7 @@ class ReleaseRecord(Record):
     stages: tuple[StageRecord, ...] = ()
     looks: tuple[dict[str, Any], ...] = ()
     events: tuple[Event, ...] = ()
+    diff: str = ""
 
 
 def utc_now() -> datetime:
@@ -141,9 +150,9 @@ class Journal:
         self.record = record
         return record
 
-    def intend(self, action: Literal["canary", "promote", "rollback"], version: str, previous: str | None) -> None:
+    def intend(self, action: Action, version: str, previous: str | None, **details: Any) -> None:
         """Write down what is about to change, before it does."""
-        self.change(intent=Intent(action=action, version=version, previous=previous, at=self._now()))
+        self.change(intent=Intent(action=action, version=version, previous=previous, at=self._now(), details=details))
 
     def say(self, text: str, severity: Severity = "info") -> None:
         """Add a line to the timeline."""

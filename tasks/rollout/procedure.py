@@ -7,19 +7,21 @@ change is preceded by its intent in the journal; each step may be repeated after
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from configs.areas import CanarySettings, JudgeSettings
 from configs.errors import ExternalError, SafetyError
 from ml.version import Version
-from tasks.cluster import Cluster, Track
+from tasks.cluster import Cluster, Served, Track, TrackCounters
 from tasks.rollout.anytime import Rate
 from tasks.rollout.evidence import Meter, evidence
 from tasks.rollout.journal import Journal, utc_now
+from tasks.rollout.keeping import keep_previous
 from tasks.rollout.policy import judge
+from tasks.rollout.shadow import Shadow
 from tasks.rollout.verdict import Decision, Evidence, Paired, Stage, Verdict
 
 # Champion (None: there is none) and challenger to the labelled images both answered so far.
@@ -128,7 +130,10 @@ def step_label(weight: float) -> str:
 
 @dataclass(slots=True)
 class Rollout:
-    """One rollout on one cluster. `guard` raises when this process may no longer change anything (lease lost)."""
+    """One rollout on one cluster. `guard` raises when this process may no longer change anything (lease lost).
+
+    `keep_previous_s`: for how long the champion stays on replicas of its own after a promotion.
+    """
 
     cluster: Cluster
     journal: Journal
@@ -139,6 +144,8 @@ class Rollout:
     guard: Guard
     on_look: Callable[[Look], None]
     clock: Clock = field(default_factory=Clock)
+    shadow: Shadow = field(default_factory=Shadow)
+    keep_previous_s: int = 0
     _meter: Meter = field(default_factory=Meter)
     _last: Rate = field(default_factory=lambda: Rate(0, 0))
     _unready_since: float | None = None
@@ -166,15 +173,32 @@ class Rollout:
         return verdict
 
     def _run_step(self, weight: float, labels: Labels) -> Verdict:
+        looks = (look.verdict for _, look in self._looks(weight, labels))
+        return next(verdict for verdict in looks if verdict.decision is not Decision.wait)
+
+    def watch(self, weight: float, labels: Labels, seconds: float, floor: float | None = None) -> Look:
+        """Send `weight` of the traffic for all of `seconds`, or until harm is shown; the last look.
+
+        With `floor` the canary is held against fixed limits and that accuracy: at a weight of 1 nobody else is asked.
+        """
+        looks = self._looks(weight, labels, floor=floor, last=True, deadline_s=seconds)
+        return next(look for at, look in looks if look.verdict.decision is Decision.rollback or at >= seconds)
+
+    def _looks(
+        self, weight: float, labels: Labels, floor: float | None = None, **stage: Any
+    ) -> Iterator[tuple[float, Look]]:
+        """Send `weight` of the traffic, and look at it again and again: seconds since the first look, and the look.
+
+        `stage`: what is different of this step's Stage.
+        """
         self.guard()
         self._route(weight)
-        self._meter.feed(self.cluster.counters())
+        self._meter.feed(self._counters())
         began = self.clock.monotonic()
         before = _samples(self._evidence(Track.canary), weight)
         while True:
-            verdict = self._look(weight, labels, self._stage(weight, before, self.clock.monotonic() - began))
-            if verdict.decision is not Decision.wait:
-                return verdict
+            elapsed = self.clock.monotonic() - began
+            yield elapsed, self._look(weight, labels, replace(self._stage(weight, before, elapsed, floor), **stage))
             self.clock.sleep(self.canary.poll_s)
             self.guard()
             self._keep_traffic()
@@ -201,12 +225,19 @@ class Rollout:
             self.cluster.deploy(Track.stable, self.plan.version, self.plan.replicas)
             self.cluster.wait_ready(Track.stable, self.ready_timeout_s)
         except ExternalError:
+            self.guard()
             self._put_champion_back()
             self.journal.change(intent=None)
             raise
+        # Waiting takes long enough for a rollback: it must not be overtaken by what it was to end.
+        self.guard()
         self.cluster.set_weights({Track.stable: 1.0})
         aliases.move_alias("production", self.plan.version, by=by, reason=reason)
+        served = Served(version=str(self.plan.version), at=self.clock.now(), by=by, reason=reason)
+        self.cluster.remember(lambda memory: memory.with_served(served))
         self._remove_guests()
+        if self.plan.champion and (kept := self._keep_champion(self.plan.champion)):
+            self.journal.say(kept)
 
     def first_deploy(self) -> None:
         """Serve the first version there is; nobody was served before."""
@@ -221,7 +252,7 @@ class Rollout:
         began = self.clock.monotonic()
         while True:
             stage = self._stage(1.0, 0, self.clock.monotonic() - began, floor=floor)
-            verdict = self._look(1.0, labels, stage, track=Track.stable)
+            verdict = self._look(1.0, labels, stage, track=Track.stable).verdict
             if verdict.decision is not Decision.wait:
                 return verdict
             self.clock.sleep(self.canary.poll_s)
@@ -236,6 +267,11 @@ class Rollout:
         mirror = {Track.canary: 1.0} if weight == 0 else {}
         shares = self.plan.weights(weight) if weight else {Track.stable: 1.0}
         self.cluster.set_weights(shares, mirror=mirror, lease_s=self.canary.lease_s)
+        self.shadow.aim(self.cluster.address(Track.canary) if mirror else None)
+
+    def _counters(self) -> Mapping[Track, TrackCounters]:
+        """The cluster's, and the pairs of answers where it is the replayer that sends copies."""
+        return self.shadow.added_to(self.cluster.counters())
 
     def _keep_traffic(self) -> None:
         """Tell the cluster that somebody is still watching. A cluster that does not answer is asked again next time."""
@@ -258,12 +294,13 @@ class Rollout:
     def _evidence(self, track: Track) -> Evidence:
         return evidence(self._meter.totals.get(track), self.limits.latency_objective_ms)
 
-    def _look(self, weight: float, labels: Labels, stage: Stage, track: Track = Track.canary) -> Verdict:
+    def _look(self, weight: float, labels: Labels, stage: Stage, track: Track = Track.canary) -> Look:
         try:
-            self._meter.feed(self.cluster.counters())
+            self._meter.feed(self._counters())
             ready = self._ready(track)
         except ExternalError as error:
-            return self._no_evidence(error, stage)
+            seen = self._evidence(track), self._evidence(Track.stable)
+            return Look(self.clock.now(), step_label(weight), weight, *seen, self._no_evidence(error, stage))
         canary, stable = self._evidence(track), self._evidence(Track.stable)
         champion = stable if self.plan.champion else Evidence()
         baseline = self._evidence(Track.baseline) if self.plan.baseline else None
@@ -271,8 +308,9 @@ class Rollout:
         now = replace(stage, ready=ready, recent=self._recent(canary))
         verdict = judge(canary, champion, paired, now, self.limits, baseline=baseline)
         beside = champion if baseline is None or weight == 0 else baseline
-        self.on_look(Look(self.clock.now(), step_label(weight), weight, canary, beside, verdict))
-        return verdict
+        look = Look(self.clock.now(), step_label(weight), weight, canary, beside, verdict)
+        self.on_look(look)
+        return look
 
     def _ready(self, track: Track) -> bool:
         """Whether a replica takes requests, or did a moment ago."""
@@ -299,6 +337,9 @@ class Rollout:
         late = stage.elapsed_s >= stage.deadline_s
         return Verdict(Decision.inconclusive if late else Decision.wait, (f"no evidence: {error}",), (), {})
 
+    def _keep_champion(self, champion: Version) -> str:
+        return keep_previous(self.cluster, champion, self.keep_previous_s, self.clock.now())
+
     def _put_champion_back(self) -> None:
         if self.plan.champion is None:
             self.remove_first()
@@ -312,14 +353,17 @@ def _samples(canary: Evidence, weight: float) -> int:
 
 
 def served_version(cluster: Cluster) -> Version | None:
-    """The version that stable serves with a ready replica, None when nobody is served.
+    """The version that production serves with a ready replica, None when nobody is served.
+
+    That is what stable has, or `previous` after a rollback to it that could not replace stable yet.
 
     Raises:
         SafetyError: stable is between two versions.
     """
     status = cluster.status()
-    ready = {replica.version for replica in status.replicas if replica.track is Track.stable and replica.ready}
+    track = Track.previous if status.weights.get(Track.previous) else Track.stable
+    ready = {replica.version for replica in status.replicas if replica.track is track and replica.ready}
     if len(ready) > 1:
         names = ", ".join(str(version) for version in sorted(ready))
-        raise SafetyError(f"stable serves {names} at once. Wait for the update to end, or run `khet doctor --fix`.")
+        raise SafetyError(f"{track} serves {names} at once. Wait for the update to end, or run `khet doctor --fix`.")
     return next(iter(ready), None)

@@ -1,10 +1,14 @@
-"""Traffic where users send too little: holdout images through the gateway at a stated rate, their labels known."""
+"""Traffic where users send too little: holdout images through the gateway at a stated rate, their labels known.
+
+Where no gateway mirrors requests, the photos that were answered go to the canary too; see `shadow`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,12 +18,16 @@ import aiohttp
 
 from configs.areas import ReplaySettings
 from ml.version import Version
+from tasks.rollout.shadow import Answer, Shadow
 from tasks.rollout.verdict import Paired
 
 _TIMEOUT_S = 15.0
+_CONNECT_S = 5.0
 _KEPT_FAILURES = 5
 # The service looks at the bytes, not at the type; the mark keeps probes out of what is known of users' photos.
 _HEADERS = {"Content-Type": "application/octet-stream", "X-Khet-Probe": "1"}
+# A copy is no user's request: a replica does not count it as one.
+_COPY_HEADERS = {"Content-Type": "application/octet-stream", "X-Khet-Shadow": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +67,18 @@ class LabelledAnswers:
 
 class Replayer:
     """Sends probes in the background while it is entered. Open loop: a slow answer does not slow the next request,
-    up to `settings.concurrency` requests in flight; beyond it the beat is skipped."""
+    up to `settings.concurrency` requests in flight; beyond it the beat is skipped. While `shadow` is aimed at an
+    address, each photo that was answered goes there too."""
 
-    def __init__(self, gateway_url: str, probes: Sequence[Probe], settings: ReplaySettings) -> None:
+    def __init__(
+        self, gateway_url: str, probes: Sequence[Probe], settings: ReplaySettings, shadow: Shadow | None = None
+    ) -> None:
         if not probes:
             raise ValueError("a replayer needs at least one probe")
         self._url = f"{gateway_url.rstrip('/')}/predict"
         self._probes = probes
         self._settings = settings
+        self._shadow = shadow or Shadow()
         self._lock = threading.Lock()
         self._answers = LabelledAnswers()
         self._failures: list[str] = []
@@ -108,8 +120,14 @@ class Replayer:
         gap = 1.0 / self._settings.rate_per_s
         slots = asyncio.Semaphore(self._settings.concurrency)
         loop = asyncio.get_running_loop()
-        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as tasks:
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S, sock_connect=_CONNECT_S)
+        # A Kubernetes Service deals connections to its pods, not requests: photos on one that is kept would all meet
+        # the same version, and tell nothing about the other.
+        each_its_own = aiohttp.TCPConnector(force_close=True)
+        async with (
+            aiohttp.ClientSession(connector=each_its_own, timeout=timeout) as session,
+            asyncio.TaskGroup() as tasks,
+        ):
             due = loop.time()
             for image, probe in itertools.cycle(enumerate(self._probes)):
                 if self._stop.is_set():
@@ -130,10 +148,30 @@ class Replayer:
                     body = await answer.json()
                     right = body["class"] == probe.label
                     self._answers.note(image, str(body["model_version"]), correct=right)
+                    await self._copy(session, probe, Answer.read(body))
         except (aiohttp.ClientError, TimeoutError) as error:
             self._note_failure(f"{type(error).__name__}: {error}")
         finally:
             slots.release()
+
+    async def _copy(self, session: aiohttp.ClientSession, probe: Probe, told: Answer) -> None:
+        """Send a photo to the canary too, and compare what it says with what the user was told."""
+        if (address := self._shadow.address) is None:
+            return
+        began = time.monotonic()
+        try:
+            async with session.post(f"{address}/predict", data=probe.body, headers=_COPY_HEADERS) as answer:
+                said = Answer.read(await answer.json()) if answer.status == 200 else None
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            self._shadow.unreached(time.monotonic() - began)
+            return
+        except (aiohttp.ClientError, TimeoutError):
+            said = None
+        seconds = time.monotonic() - began
+        if said is None:
+            self._shadow.failed(seconds)
+        else:
+            self._shadow.compared(told, said, seconds)
 
     def _note_failure(self, sentence: str) -> None:
         with self._lock:

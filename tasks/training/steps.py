@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 
+from configs.errors import IntegrityError
+from configs.settings import Settings, settings
 from configs.training import TrainingConfig
+from ml.checkpoint_store import Finished, TrainingStore, fingerprint
+from ml.dataset import Dataset
 from ml.progress import Tick
 from ml.results import Epoch, Evaluation, ExportResult, TrainResult
 from tasks.prefect_support import (
@@ -22,6 +27,20 @@ from tasks.progress import report
 from tasks.training.child import run_child
 
 HOURS = 3600.0
+# Below the models bucket: one folder a training, which a release names after itself.
+TRAININGS = "training/"
+# An evicted training saves its state and sends it to the object store before it ends.
+_SAVING_S = 60.0
+
+
+def training_address(current: Settings, training_id: str) -> str:
+    """Where a training keeps its states and its result."""
+    return f"s3://{current.object_store.models_bucket}/{TRAININGS}{training_id}"
+
+
+def progress_key(training_id: str) -> str:
+    """Key of the progress bar of a training in the Prefect UI."""
+    return f"training-{training_id}"
 
 
 @task(
@@ -40,31 +59,60 @@ def train(release_id: str, config: TrainingConfig, dataset_root: Path, folder: P
     Raises:
         KhetError: as `run_child`; production is unchanged.
     """
+    _run_training(release_id, config, dataset_root, folder)
+    return TrainResult.read(folder / "train.json")
+
+
+@task(
+    name="train-and-store",
+    task_run_name="train-{training_id}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_external,
+    timeout_seconds=48 * HOURS,
+)
+def train_and_store(training_id: str, config: TrainingConfig, dataset_root: Path, folder: Path) -> Finished:
+    """The same, with states and result in the object store: it goes on from there in an empty folder.
+
+    Raises:
+        KhetError: as `run_child`; what was stored of states stays.
+        IntegrityError: the trainer ended well, and yet its result is not in the store.
+    """
+    address = training_address(settings(), training_id)
+    _run_training(training_id, config, dataset_root, folder, "--store", address)
+    run = fingerprint(config, Dataset.open(dataset_root).manifest_hash)
+    found = TrainingStore.at(address, run, settings().object_store).finished()
+    if found is None:
+        raise IntegrityError(f"The training ended, but its result is not in {address}. Next: run it again.")
+    return found
+
+
+def _run_training(training_id: str, config: TrainingConfig, dataset_root: Path, folder: Path, *more: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config_file = folder / "requested.json"  # JSON is YAML too
     config_file.write_text(config.model_dump_json(indent=1), encoding="utf-8")
-    watcher = _Watcher(release_id)
+    watcher = _Watcher(training_id)
     run_child(
-        ["ml.train", "--config", str(config_file), "--data", str(dataset_root), "--out", str(folder)],
+        ["ml.train", "--config", str(config_file), "--data", str(dataset_root), "--out", str(folder), *more],
         folder / "train.log",
         progress=folder / "progress.jsonl",
         on_line=watcher.see,
+        stop_s=_SAVING_S,
     )
-    result = TrainResult.read(folder / "train.json")
     watcher.finish(folder / "curves.png")
-    return result
 
 
 class _Watcher:
     """Turns the trainer's progress lines into one progress artifact, curves, log lines and terminal progress."""
 
-    def __init__(self, release_id: str) -> None:
-        self._key = f"training-{release_id}"
-        self._bar = ProgressArtifact(self._key, f"Training of release {release_id}")
+    def __init__(self, training_id: str) -> None:
+        self._key = progress_key(training_id)
+        self._bar = ProgressArtifact(self._key, f"Training {training_id}")
         self._logger = get_run_logger()
 
     def see(self, line: dict[str, Any]) -> None:
-        """Take one line of progress.jsonl: a validated epoch, or a tick within one."""
+        """Take one line of progress.jsonl, a validated epoch or a tick within one; or a warning."""
         if "epoch" in line:
             epoch = Epoch.model_validate(line["epoch"])
             self._logger.info(
@@ -75,6 +123,9 @@ class _Watcher:
                 epoch.images_per_s,
             )
             report("train", "running", f"epoch {epoch.epoch}: {epoch.val_accuracy:.1%} on validation")
+        elif "warning" in line:
+            self._logger.warning("%s", line["warning"])
+            report("train", "note", line["warning"])
         elif "tick" in line:
             tick = Tick.model_validate(line["tick"])
             self._bar.update(tick.fraction)

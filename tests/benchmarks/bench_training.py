@@ -10,6 +10,7 @@ the machine, which comes and goes, weighs on both.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import statistics
@@ -129,7 +130,8 @@ def _images_per_s(module: Classifier, device: torch.device | None = None, skip: 
 def _lightning_loop(module: Classifier, watch: pl.Callback) -> None:
     """The run as `ml.fit` makes it, with one more callback."""
     with tempfile.TemporaryDirectory() as folder, Display("benchmark", quiet_s=float("inf")) as display:
-        recorder = Recorder(Path(folder), module, lambda epoch: _about(module.config, epoch), Silent(), display)
+        describe = functools.partial(_about, module.config)
+        recorder = Recorder(Path(folder), module, describe, Silent(), display, lambda _step, _epoch: None)
         fit._trainer(module.config, [watch, recorder], Path(folder)).fit(module)
 
 

@@ -18,6 +18,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from tasks.cluster.exposition import read_replica
 from tests.support.replica import Replica, error_of, launch, photo, running, wait_until
 from tests.support.tiny_model import CLASSES, write_tiny_model
 
@@ -356,3 +357,15 @@ def _assert_refused(tmp: Path, arguments: list[str], environment: dict[str, str]
     assert message in errors[0]
     assert "Ready" not in replica.text()
     assert "Traceback" not in replica.text()
+
+
+def test_a_copy_whose_answer_nobody_gets_is_not_counted_among_users_requests(replica: Replica) -> None:
+    def counted() -> tuple[int, int]:
+        seen = read_replica(replica.get("/metrics").text)
+        return seen.requests, seen.predictions
+
+    before = counted()
+    assert replica.predict(photo(1), **{"x-khet-shadow": "1"}).status_code == 200
+    assert counted() == before
+    assert replica.predict(photo(1), **{"x-khet-probe": "1"}).status_code == 200
+    assert counted() == (before[0] + 1, before[1] + 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,7 @@ def test_a_dry_run_changes_nothing(served: LocalStack, good: Path) -> None:
     before = (served.json("versions"), served.traffic(), len(served.releases()))
     plan = served.json("release", "--config", str(good), "--dry-run")
     assert plan["outcome"] == "dry_run"
+    assert f"+    version: {plan['version']}" in plan["diff"]
     assert (served.json("versions"), served.traffic(), len(served.releases())) == before
 
 
@@ -138,6 +142,7 @@ def test_rollback_returns_to_the_previous_version(served: LocalStack, good: Path
     now = served.production()
     plan = served.json("rollback", "--dry-run")
     assert plan["outcome"] == "dry_run"
+    assert "version: v" in plan["diff"]
     assert served.production() == now
     done = served.json("rollback")
     assert done["version"] == plan["version"] != now
@@ -145,6 +150,27 @@ def test_rollback_returns_to_the_previous_version(served: LocalStack, good: Path
     assert served.production() == done["version"]
     again = served.json("rollback", "--to", str(now))
     assert served.traffic() == {again["version"]: 1.0} == {str(now): 1.0}
+    newest, before, *_ = served.json("rollback", "--history")["rows"]
+    assert (newest["version"], newest["serves"], newest["verifies"]) == (now, True, True)
+    assert before["version"] == done["version"]
+
+
+def test_a_rollback_works_while_the_object_store_hangs(served: LocalStack) -> None:
+    now = served.production()
+    [store] = [part for part in served.json("status")["stack"]["parts"] if part["name"] == "object-store"]
+    os.kill(store["pid"], signal.SIGSTOP)
+    try:
+        done = served.json("rollback")
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # a supervisor may have had enough of it
+            os.kill(store["pid"], signal.SIGCONT)
+    assert "the registry did not answer" in done["reasons"][-1]
+    assert served.traffic() == {done["version"]: 1.0}
+    served.khet("up")
+    assert "not finished: rollback to" in served.khet("doctor", code=5).stdout
+    served.khet("doctor", "--fix")
+    assert served.production() == done["version"] != now
+    served.khet("rollback", "--to", str(now))
 
 
 def test_a_version_that_never_served_is_no_rollback_target(served: LocalStack) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from configs.errors import ConfigError, ExternalError, GateError, KhetError
+from configs.errors import ConfigError, ExternalError, GateError, KhetError, is_retryable
 from tasks.training.child import run_child
 from tests.support.local_stack import wait_until
 
@@ -35,6 +35,18 @@ def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "khet_child_of_test"
 
 
+def test_its_warnings_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import logging; logging.basicConfig(format='%(levelname)s %(message)s'); logging.warning('the store is away')"
+    )
+    (tmp_path / "khet_child_of_test.py").write_text(f"print('INFO hello')\n{code}\nprint('no WARNING here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "log").write_text("WARNING of the run before\n")
+    seen: list[dict[str, Any]] = []
+    run_child(["khet_child_of_test"], tmp_path / "log", on_line=seen.append)
+    assert seen == [{"warning": "the store is away"}]
+
+
 def test_its_progress_is_followed_and_cut_lines_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, progress = write_module(tmp_path, monkeypatch), tmp_path / "progress.jsonl"
     seen: list[dict[str, Any]] = []
@@ -42,13 +54,17 @@ def test_its_progress_is_followed_and_cut_lines_are_left_out(tmp_path: Path, mon
     assert seen == [{"tick": 0}, {"tick": 1}, {"tick": 2}, {"tick": 3}]
 
 
-@pytest.mark.parametrize(("code", "kind"), [(2, ConfigError), (3, GateError), (1, ExternalError)])
+@pytest.mark.parametrize(
+    ("code", "kind", "again"),
+    [(2, ConfigError, False), (3, GateError, False), (1, ExternalError, False), (5, ExternalError, True)],
+)
 def test_its_exit_code_names_the_error_and_its_log_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[KhetError]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[KhetError], again: bool
 ) -> None:
     module = write_module(tmp_path, monkeypatch)
-    with pytest.raises(kind, match="what went wrong"):
+    with pytest.raises(kind, match="what went wrong") as caught:
         run_child([module, str(tmp_path / "p"), str(code)], tmp_path / "log", on_line=lambda _: None)
+    assert is_retryable(caught.value) is again
 
 
 def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tasks.cluster.node import processes
 from tests.support.node import STUB, NodeProcess, eventually, free_port
 
 V1, V2 = Version(1, 0, 0), Version(1, 1, 0)
-STABLE, CANARY, BASELINE = Track
+STABLE, CANARY, BASELINE, *_ = Track
 
 
 @pytest.fixture

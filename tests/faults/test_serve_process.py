@@ -82,6 +82,19 @@ def test_no_request_is_lost_when_a_busy_replica_stops(tmp_path: Path, arguments:
     assert set(outcomes) == {200}
 
 
+def test_a_client_that_keeps_its_connection_is_told_to_leave_before_it_is_closed(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    """Clients of a Service look at no probe: whoever has a connection to a pod goes on using it."""
+    with running(tmp_path, arguments) as replica, httpx.Client(base_url=replica.url) as http:
+        image = {"content": photo(1), "headers": {"content-type": "image/jpeg"}}
+        assert "connection" not in http.post("/predict", **image).headers
+        replica.process.send_signal(signal.SIGTERM)
+        last = wait_until(lambda: (a := http.post("/predict", **image)).headers.get("connection") and a)
+        assert (last.status_code, last.headers["connection"]) == (200, "close")
+        assert replica.process.wait(10) == 0
+
+
 def test_a_request_that_never_ends_does_not_keep_a_replica_for_ever(tmp_path: Path, arguments: list[str]) -> None:
     with running(tmp_path, arguments, {"KHET_SERVING__DRAIN_S": "0.5"}) as replica:
         host, port = replica.url.removeprefix("http://").split(":")

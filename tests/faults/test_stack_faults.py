@@ -237,6 +237,15 @@ def test_sigterm_to_the_supervisor_stops_everything(home):
     assert leftovers(home) == []
 
 
+def test_a_stack_whose_home_folder_was_deleted_ends(home):
+    """Without its folder nobody can find or stop it any more."""
+    up(load_settings())
+    who, parts = supervisor(home), leftovers(home)
+    shutil.rmtree(home, ignore_errors=True)
+    assert wait_gone([who, *parts], 30), [process for process in (who, *parts) if process.alive]
+    assert leftovers(home) == []
+
+
 def test_a_remembered_port_that_was_taken_meanwhile_is_replaced_everywhere(home):
     up(load_settings())
     down()

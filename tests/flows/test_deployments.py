@@ -48,7 +48,18 @@ def test_every_field_of_a_form_is_described_and_every_default_is_a_field(deploym
 
 def test_a_rollout_never_runs_beside_another() -> None:
     for deployment in definitions():
-        assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+        if deployment["name"] == "train":  # changes nothing that is served
+            assert "concurrency_limit" not in deployment
+            continue
+        # `blue-green --back` runs beside the deployment that it ends; the rollout's lease refuses a second one.
+        limit = 2 if deployment["name"] == "blue-green" else 1
+        assert deployment["concurrency_limit"] == {"limit": limit, "collision_strategy": "CANCEL_NEW"}
+
+
+def test_the_watchdog_looks_every_minute_where_the_backend_does_not_guard_itself() -> None:
+    watchdog = next(d for d in definitions() if d["name"] == "rollout-watchdog")
+    active = "{{ $KHET_WATCHDOG_ACTIVE }}"
+    assert watchdog["schedules"] == [{"cron": "* * * * *", "timezone": "UTC", "active": active}]
 
 
 def test_labels_are_looked_at_every_night_and_change_nothing_by_themselves() -> None:
@@ -57,16 +68,30 @@ def test_labels_are_looked_at_every_night_and_change_nothing_by_themselves() -> 
     assert review["parameters"] == {"act": False, "dry_run": False}
 
 
-def test_the_default_configuration_of_a_release_loads() -> None:
-    release = next(d for d in definitions() if d["name"] == "release")
-    assert load_yaml(TrainingConfig, PROJECT_ROOT / release["parameters"]["config"]).dataset == "leaves"
+@pytest.mark.parametrize("name", ["release", "train"])
+def test_the_default_configuration_loads(name: str) -> None:
+    found = next(d for d in definitions() if d["name"] == name)
+    assert load_yaml(TrainingConfig, PROJECT_ROOT / found["parameters"]["config"]).dataset == "leaves"
+
+
+def test_training_goes_to_a_pool_of_its_own() -> None:
+    pools = {d["name"]: d["work_pool"]["name"] for d in definitions()}
+    assert pools.pop("train") == "{{ $KHET_TRAIN_POOL }}"
+    assert set(pools.values()) == {"{{ $KHET_WORK_POOL }}"}
 
 
 def test_entrypoints_are_checked_before_anything_is_registered() -> None:
     assert check_entrypoints(PREFECT_FILE) == [
         "release/release",
+        "train/train",
         "rollback/rollback",
         "release_review/release-review",
+        "rolling_update/rolling-update",
+        "blue_green/blue-green",
+        "ab_test/ab-test",
+        "scale/scale",
+        "restart/restart",
+        "rollout_watchdog/rollout-watchdog",
     ]
 
 

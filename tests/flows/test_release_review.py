@@ -12,8 +12,6 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from configs.areas import DatabaseSettings
 from configs.errors import ExternalError, GateError
@@ -26,7 +24,7 @@ from ml.objects import ObjectStore
 from ml.version import Version
 from tasks import audit
 from tasks.audit import AuditLog
-from tasks.cluster import Track
+from tasks.cluster import Memory, Track
 from tasks.feedback import store as feedback
 from tasks.feedback.labels import Answer
 from tasks.feedback.store import Feedback, FeedbackStore
@@ -42,16 +40,6 @@ from tests.support.stack import object_store, postgres
 
 OLD, NEW = Version(1, 0, 0), Version(1, 1, 0)
 DAY = timedelta(days=1)
-
-
-@pytest.fixture(scope="module")
-def prefect() -> Iterator[str]:
-    """The address of a Prefect server for this module."""
-    with (
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-        prefect_test_harness(server_startup_timeout=180),
-    ):
-        yield str(PREFECT_API_URL.value())
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +121,7 @@ def farm(
     node.client.deploy(Track.stable, NEW, 1)
     node.client.wait_ready(Track.stable, 20)
     node.client.set_weights({Track.stable: 1.0})
+    node.client.remember(lambda old: Memory(revision=old.revision))
     with psycopg.connect(dsn_of(database)) as connection:
         connection.execute("TRUNCATE feedback")
     settings = Settings(database=database, cluster=node.settings)

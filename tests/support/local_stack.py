@@ -115,7 +115,11 @@ def start_local_stack(home: Path, **variables: str) -> LocalStack:
     }
     environment.pop("PREFECT_HOME", None)
     stack = LocalStack(home, environment, faults)
-    stack.khet("up", timeout_s=240)
+    try:
+        stack.khet("up", timeout_s=240)
+    except BaseException:
+        stack.khet("down", code=None)
+        raise
     return stack
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from configs.errors import ExternalError, SafetyError
 from ml.version import Version
 from tasks.cluster import ClusterStatus, ReplicaStatus, Track, TrackCounters
+from tasks.cluster.memory import Memory
 from tasks.rollout.verdict import Paired
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -56,6 +57,7 @@ class MemoryCluster:
     most_replicas: int = 8
     blind: bool = False
     canary_breaks_at: float = math.inf
+    remembered: Memory = field(default_factory=Memory)
 
     # Time -------------------------------------------------------------------------------------------------------
 
@@ -126,6 +128,7 @@ class MemoryCluster:
         self.set_weights({Track.stable: 1.0})
         self.remove(Track.canary)
         self.remove(Track.baseline)
+        self.remove(Track.previous)
 
     def room(self) -> int:
         return max(0, self.most_replicas - sum(self.replicas.values()))
@@ -142,8 +145,21 @@ class MemoryCluster:
             raise ExternalError("the counters cannot be read")
         return {track: self._counters(track, version) for track, version in self.versions.items()}
 
+    def reachable(self, weights: Mapping[Track, float], replicas: Mapping[Track, int]) -> Mapping[Track, float]:
+        return weights
+
+    def address(self, track: Track) -> None:
+        return None
+
     def logs(self, track: Track, lines: int = 100) -> str:
         return f"{lines} lines of {track}"
+
+    def memory(self) -> Memory:
+        return self.remembered
+
+    def remember(self, change: Callable[[Memory], Memory]) -> Memory:
+        self.remembered = change(self.remembered)
+        return self.remembered
 
     # Inside -----------------------------------------------------------------------------------------------------
 

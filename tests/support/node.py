@@ -161,14 +161,19 @@ def running_node(home: Path, **options: Any) -> Iterator[NodeProcess]:
 
 @dataclass
 class Traffic:
-    """Requests at a fixed rate from a thread of their own. `failures` are answers other than 200 and errors."""
+    """Requests at a fixed rate from a thread of their own. `failures` are answers other than 200 and errors.
+
+    Without `keep_alive` each request has a connection of its own: one that is kept stays with its pod.
+    """
 
     url: str
     rate_per_s: float = 50.0
     body: bytes = b"leaf"
+    keep_alive: bool = True
     statuses: Counter[str] = field(default_factory=Counter)
     tracks: Counter[str] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
+    answered: list[tuple[float, str]] = field(default_factory=list)  # when (monotonic clock, s), and by which version
     latencies_s: list[float] = field(default_factory=list)
 
     def __enter__(self) -> Traffic:
@@ -185,13 +190,23 @@ class Traffic:
     def failures(self) -> dict[str, int]:
         return {status: count for status, count in self.statuses.items() if status != "200"}
 
+    def switch_s(self, old: str, new: str, since: float) -> float:
+        """Seconds from the first answer of `new` since then until the last one of `old`; 0 where none came after."""
+        began = min(at for at, version in self.answered if version == new and at >= since)
+        return max([at - began for at, version in self.answered if version == old and at >= began], default=0.0)
+
+    def last_s(self, version: str, since: float) -> float:
+        """Seconds from then until the last answer of `version`; 0 where none came."""
+        return max([at - since for at, answered in self.answered if answered == version and at >= since], default=0.0)
+
     def wait_for(self, count: int) -> None:
         """Return when this many more requests were answered."""
         wanted = self.statuses.total() + count
         eventually(lambda: self.statuses.total() >= wanted, 30.0 + count / self.rate_per_s, f"{count} more requests")
 
     async def _run(self) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+        connector = aiohttp.TCPConnector(force_close=not self.keep_alive)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30)) as session:
             tasks: set[asyncio.Task[None]] = set()
             due = time.monotonic()
             while not self._over.is_set():
@@ -208,7 +223,9 @@ class Traffic:
                 await response.read()
                 self.statuses[str(response.status)] += 1
                 self.tracks[response.headers.get("X-Khet-Track", "")] += 1
-                self.versions[response.headers.get("X-Model-Version", "")] += 1
+                version = response.headers.get("X-Model-Version", "")
+                self.versions[version] += 1
+                self.answered.append((time.monotonic(), version))
         except (aiohttp.ClientError, TimeoutError) as error:
             self.statuses[type(error).__name__] += 1
         self.latencies_s.append(time.monotonic() - began)

@@ -482,6 +482,18 @@ def test_processes_that_need_the_same_pixels_at_once_all_get_them(photos, root):
     assert len({answer.stdout for answer in answers}) == 1
 
 
+def test_no_threads_of_pyarrow_are_left_to_abort_a_process_at_its_end(photos, root):
+    """One in a hundred processes that read with pyarrow's datasets died of SIGABRT when its work was done."""
+    run(photos, root)
+    code = (
+        "import sys; from pathlib import Path; from ml.dataset import Dataset\n"
+        f"Dataset.open(Path({str(root)!r})).split('train', 24)\n"
+        "print([name for name in sys.modules if name.startswith('pyarrow.dataset')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_an_image_that_changed_is_not_trained_on(photos, root):
     run(photos, root)
     dataset = Dataset.open(root)

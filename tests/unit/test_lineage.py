@@ -10,6 +10,9 @@ import pytest
 
 from ml.lineage import _gpus, code_state, collect_lineage, machine, packages
 from ml.version import Version
+from tasks.registry.steps import Publication, lineage_of
+from tests.support.records import a_lineage, a_training, an_evaluation, an_export
+from tests.support.training import config
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -43,6 +46,17 @@ def test_no_repository_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("")
     assert code_state(tmp_path) == (None, None)
     assert code_state(tmp_path / "none") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "understood"),
+    [("a" * 40, ("a" * 40, False)), ("a" * 40 + "-dirty", ("a" * 40, True)), ("unknown", (None, None))],
+)
+def test_an_image_says_which_commit_it_was_built_from(
+    tmp_path: Path, said: str, understood: tuple[str | None, bool | None]
+) -> None:
+    (tmp_path / "REVISION").write_text(said + "\n")
+    assert code_state(tmp_path) == understood
 
 
 def test_the_commit_of_somebody_elses_repository_is_not_taken(checkout: Path) -> None:
@@ -93,3 +107,17 @@ def test_the_machine_is_described_without_torch() -> None:
     assert packages()["python"].startswith("3.")
     code = "import sys; from ml.lineage import machine, packages; machine(); packages(); print('torch' in sys.modules)"
     assert run_python([code]) == ["False"]
+
+
+def test_a_model_that_was_trained_elsewhere_keeps_what_made_it(tmp_path: Path) -> None:
+    there = a_lineage(packages={"torch": "2.13.0+cu130"}, hardware={"accelerator": "NVIDIA H100"}, parent=None)
+    (tmp_path / "train").mkdir()
+    there.write(tmp_path / "train" / "lineage.json")
+    publication = Publication(
+        tmp_path, config(), a_training(), an_export(), an_evaluation(), parent=Version(1, 2, 0), created_by="t"
+    )
+    made = lineage_of("release-1", publication)
+    assert (made.packages, made.hardware) == (there.packages, there.hardware)
+    assert (made.parent, made.release_id) == (Version(1, 2, 0), "release-1")
+    (tmp_path / "train" / "lineage.json").unlink()
+    assert lineage_of("release-1", publication).packages["torch"] == packages()["torch"]

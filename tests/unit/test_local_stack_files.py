@@ -186,6 +186,27 @@ def test_the_maintenance_worker_finds_its_admin_server(tmp_path):
     assert again["weed_admin_grpc"] == again["weed_admin"] + 10_000
 
 
+@pytest.mark.parametrize("user", ["root", "another"])
+def test_a_port_whose_socket_another_user_left_behind_is_chosen_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    path = tmp_path / "ports.json"
+    before = ports.choose(path, {})
+    sockets = [ports.shared_socket(name, before[name]) for name in ("master_grpc", "weed_admin_grpc")]
+    try:
+        for socket_file in sockets:
+            assert socket_file is not None
+            socket_file.touch()
+        owner = sockets[0].stat().st_uid if sockets[0] else 0
+        monkeypatch.setattr(os, "geteuid", lambda: 0 if user == "root" else owner + 1)
+        after = ports.choose(path, {})
+    finally:
+        for socket_file in filter(None, sockets):
+            socket_file.unlink(missing_ok=True)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == (set() if user == "root" else {"master_grpc", "weed_admin", "weed_admin_grpc"})
+
+
 def test_a_remembered_port_that_a_stranger_took_is_replaced(tmp_path):
     path = tmp_path / "ports.json"
     with listener() as stranger:

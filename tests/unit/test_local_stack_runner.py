@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from configs.errors import ConfigError, ExternalError
@@ -217,3 +219,27 @@ def test_a_port_that_a_stranger_holds_is_named(bench):
 def _sleepers(bench: Bench) -> list[process.Identity]:
     found = (process.recall(path) for path in bench.layout.run.glob("*.json"))
     return [who for who in found if who]
+
+
+def test_a_part_that_cannot_be_written_down_is_ended_and_not_started_once_more_beside_itself(
+    bench, tmp_path, monkeypatch
+):
+    """As on a full disk: nobody would know the process, and each attempt would leave another."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(process, "remember", full)
+    marked = f"{SLEEP}  # {tmp_path}"
+    bench.part.code = marked
+    bench.watch()
+    bench.until(lambda: len([state for state in bench.seen if state.error == "ExternalError"]) >= 3)
+    bench.leave()
+    assert [p.pid for p in psutil.process_iter() if marked in " ".join(_arguments(p))] == []
+
+
+def _arguments(found: psutil.Process) -> list[str]:
+    try:
+        return found.cmdline()
+    except psutil.Error:
+        return []

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError, SafetyError
 from tasks.cluster import Track
+from tasks.cluster.memory import Memory, Turn
 from tasks.cluster.node import policy
 from tasks.cluster.node.rolling import View, plan
 from tasks.cluster.node.state import Desired
@@ -28,6 +29,26 @@ def both() -> Desired:
 def shared(both: Desired) -> Desired:
     """A quarter of the traffic and copies of the rest on the canary, on a lease."""
     return policy.set_weights(both, {Track.stable: 0.75, Track.canary: 0.25}, {Track.canary: 1.0}, SOON)
+
+
+def test_a_rollback_leaves_everybody_on_previous_until_stable_is_ready(both):
+    kept = policy.set_weights(policy.deploy(both, Track.previous, "v0.9.0", 2), {Track.previous: 1.0}, {}, None)
+    back = policy.rollback(kept, "v0.9.0", 2)
+    assert back.weights == {Track.previous: 1.0}
+    assert {track: wanted.version for track, wanted in back.tracks.items()} == {
+        Track.stable: "v0.9.0",
+        Track.previous: "v0.9.0",
+    }
+    unused = policy.rollback(policy.deploy(both, Track.previous, "v0.9.0", 2), "v1.0.0", 2)
+    assert (unused.weights, list(unused.tracks)) == ({Track.stable: 1.0}, [Track.stable])
+
+
+def test_only_the_next_revision_of_the_memory_is_kept(both):
+    first = Memory(revision=1, turn=Turn(owner="a"))
+    kept = policy.remember(both, first)
+    assert kept.memory == first
+    assert policy.remember(kept, Memory(revision=1, turn=Turn(owner="b"))) == kept
+    assert policy.rollback(kept, "v1.0.0", 1).memory == first
 
 
 def test_the_first_deployment_on_stable_gets_all_traffic():

@@ -13,9 +13,10 @@ import pytest
 
 from configs.areas import CanarySettings, HarmSettings, JudgeSettings
 from configs.settings import Settings
-from flows.planning import expected_traffic, measured_rate, rollout_warnings
+from flows.planning import coarse_shares, expected_traffic, measured_rate, rollout_warnings
 from ml.version import Version
 from tasks.cluster import Track, TrackCounters
+from tasks.cluster.kubernetes.traffic import allocate, shares
 from tasks.rollout import detection, planner
 from tasks.rollout.detection import Above, Looks, Lost, Slower, Stream, Worse, samples_to_harm, seen_within
 from tasks.rollout.planner import sentences, shown, smallest_seen
@@ -290,6 +291,19 @@ def test_a_release_measures_its_traffic_and_says_what_it_cannot_see() -> None:
     found = rollout_warnings(settings, Counting(), plan_of(V1), seconds=0.01)
     assert any("no labelled images" in sentence for sentence in found)
     assert rollout_warnings(settings, Counting(), plan_of(None)) == []
+
+
+class WholePods(Counting):
+    """Splits traffic as pods behind a Service do."""
+
+    def reachable(self, weights: Mapping[Track, float], replicas: Mapping[Track, int]) -> Mapping[Track, float]:
+        return shares(allocate(replicas, weights))
+
+
+def test_a_plan_says_what_its_steps_become_where_traffic_is_split_by_whole_replicas() -> None:
+    assert coarse_shares(Counting(), plan_of(V1)) == []
+    [sentence] = coarse_shares(WholePods(), replace(plan_of(V1), replicas=3))
+    assert "5% becomes 25%, 25% becomes 25%, 50% becomes" in sentence
 
 
 def test_the_replayer_is_part_of_the_traffic() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from configs.errors import ExternalError, SafetyError
 from ml.version import Version
 from tasks.cluster import Track
 from tasks.rollout.journal import Journal, ReleaseRecord
+from tasks.rollout.keeping import is_over, keep_previous
 from tasks.rollout.procedure import Clock, Look, Rollout, plan_rollout, served_version, wants_baseline
 from tasks.rollout.verdict import Decision, Verdict
 from tests.support.memory_cluster import START, Behaviour, MemoryCluster
@@ -103,6 +106,42 @@ def test_a_healthy_version_goes_through_every_step_and_is_promoted() -> None:
     assert case.cluster.versions == {Track.stable: NEW}
     assert case.cluster.weights == {Track.stable: 1.0}
     assert aliases.moves == [("production", NEW)]
+    assert [(entry.version, entry.by, entry.reason) for entry in case.cluster.memory().served] == [
+        (str(NEW), "t", "good")
+    ]
+
+
+def test_the_champion_is_kept_without_traffic_where_settings_ask_for_it() -> None:
+    case = Case(Behaviour())
+    case.rollout.keep_previous_s = 600
+    case.rollout.promote(AliasBook(), by="t", reason="good")
+    assert case.cluster.versions == {Track.stable: NEW, Track.previous: OLD}
+    assert case.cluster.weights == {Track.stable: 1.0}
+    memory, now = case.cluster.memory(), case.cluster.now()
+    assert memory.is_kept(OLD, now)
+    status = case.cluster.status()
+    assert not is_over(status, memory, now)
+    assert is_over(status, memory, now + timedelta(seconds=600))
+    assert not is_over(replace(status, weights={Track.previous: 1.0}), memory, now + timedelta(days=1))
+    assert case.journal.record.events[-1].text.startswith("v1.0.0 is kept warm on 1 replica(s) until ")
+    assert keep_previous(case.cluster, NEW, 0, now) == "v1.0.0 is not kept warm any more"
+    assert case.cluster.versions == {Track.stable: NEW}
+
+
+def test_a_promotion_that_a_rollback_overtook_while_it_waited_moves_nothing() -> None:
+    case = Case(Behaviour())
+    aliases, wait_ready = AliasBook(), case.cluster.wait_ready
+
+    def overtaken(track: Track, timeout_s: float) -> None:
+        wait_ready(track, timeout_s)
+        case.cluster.rollback(OLD, 2)
+        case.allowed = False
+
+    case.cluster.wait_ready = overtaken  # type: ignore[method-assign]
+    with pytest.raises(SafetyError):
+        case.rollout.promote(aliases, by="t", reason="good")
+    assert aliases.moves == []
+    assert case.cluster.versions == {Track.stable: OLD}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The control API: JSON over HTTP, a bearer token on everything but /healthz. `tasks.cluster.local_node` is its client.
 
     POST /v1/deploy /v1/weights /v1/lease /v1/scale /v1/restart /v1/remove /v1/rollback    bodies: see state.py
+    GET  /v1/memory    POST /v1/memory    the next revision; {"kept": false} where another was kept since
     GET  /v1/status /v1/room /v1/counters /v1/ready?track= /v1/logs?track=&lines= /v1/events?limit= /v1/shadow-examples
     POST /shutdown    ends every replica and the node; answers when the replicas have ended
 
@@ -22,6 +23,7 @@ from configs.base import explain
 from configs.errors import ConfigError, ExternalError, KhetError, SafetyError
 from ml.results import Record
 from tasks.cluster import Track
+from tasks.cluster.memory import Memory
 from tasks.cluster.node import state
 from tasks.cluster.node.counters import Counters, Histogram
 from tasks.cluster.node.node import Node, bound_name
@@ -45,6 +47,8 @@ def application(node: Node, token: str, shutdown: Callable[[], Awaitable[None]])
             web.post("/v1/restart", api.restart),
             web.post("/v1/remove", api.remove),
             web.post("/v1/rollback", api.rollback),
+            web.get("/v1/memory", api.memory),
+            web.post("/v1/memory", api.remember),
             web.get("/v1/status", api.status),
             web.get("/v1/room", api.room),
             web.get("/v1/counters", api.counters),
@@ -95,8 +99,14 @@ class _Api:
         return await _done(self._node.rollback(call.version, call.replicas))
 
     async def status(self, _request: web.Request) -> web.Response:
-        desired = self._node.desired.model_dump(mode="json")
+        desired = self._node.desired.model_dump(mode="json", exclude={"memory"})
         return web.json_response({"desired": desired, "replicas": self._node.replica_rows()})
+
+    async def memory(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._node.desired.memory.model_dump(mode="json"))
+
+    async def remember(self, request: web.Request) -> web.Response:
+        return web.json_response({"kept": await self._node.remember(await _body(request, Memory))})
 
     async def room(self, _request: web.Request) -> web.Response:
         return web.json_response({"replicas": await self._node.room()})

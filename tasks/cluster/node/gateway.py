@@ -2,7 +2,8 @@
 
 What a user's `POST /predict` meets, in this order:
 
-1. A track, by weight. `X-Khet-Track` together with the node's token (`Authorization: Bearer ...`) pins one instead.
+1. A track, by weight; requests of the same `X-Khet-User` stay on one. `X-Khet-Track` together with the node's token
+   (`Authorization: Bearer ...`) pins one instead.
 2. Its ready replica with the fewest requests in flight. Where the connection breaks, no answer comes in time, or the
    replica answers 503, another replica of the track is asked (predicting changes nothing, so asking twice is safe).
 3. If the track is not stable and gave no answer below 500, a stable replica is asked as in 2. So users never see a
@@ -33,6 +34,7 @@ from tasks.cluster.node.fleet import Fleet, Replica
 from tasks.cluster.node.mirror import Book, Copy, Mirror
 from tasks.cluster.node.routing import Router
 from tasks.cluster.node.upstream import Answer, BrokenError
+from tasks.cluster.sticky import USER_HEADER
 
 TRACK_HEADER = "X-Khet-Track"
 SHADOW_HEADER = "X-Khet-Shadow"
@@ -65,6 +67,7 @@ class Call:
     head: bytes
     body: bytes
     pinned: Track | None = None
+    user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,8 @@ class Gateway:
         self._buffered += expected
         try:
             body = await self._read(request, limit)
-            call = Call(request_id, _head(request, request_id, "POST", len(body)), body, pinned)
+            user = request.headers.get(USER_HEADER)
+            call = Call(request_id, _head(request, request_id, "POST", len(body)), body, pinned, user)
             served = await self._serve_one_of_few(call)
         finally:
             self._buffered -= expected
@@ -166,8 +170,9 @@ class Gateway:
             self.in_flight -= 1
 
     async def _pass_on(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        """A question about the model, to stable (or the pinned track); not counted."""
-        replica = self._fleet.pick(self._pinned(request) or Track.stable)
+        """A question about the model, to the one track that answers everybody, else to stable (or the pinned one); not
+        counted."""
+        replica = self._fleet.pick(self._pinned(request) or self._router.main)
         if replica is None:
             raise RefusedError(503, "unavailable", "No replica is ready.")
         head = _head(request, request_id, "GET", 0) + b"\r\n"
@@ -207,7 +212,7 @@ class Gateway:
         Raises:
             RefusedError: no replica answered.
         """
-        track = call.pinned or self._router.choose(time.monotonic())
+        track = call.pinned or self._router.choose(time.monotonic(), call.user)
         served = await self._ask(track, call)
         if not call.pinned:
             if track is not Track.stable and (served is None or served.answer.status >= 500):

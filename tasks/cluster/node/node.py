@@ -17,6 +17,7 @@ from configs.errors import ConfigError, ExternalError, KhetError
 from configs.settings import Settings
 from ml import hardware
 from tasks.cluster import Track
+from tasks.cluster.memory import Memory
 from tasks.cluster.node import metrics, policy, processes
 from tasks.cluster.node.counters import Counters, Ledger
 from tasks.cluster.node.fleet import Fleet, Replica
@@ -161,6 +162,11 @@ class Node:
         """See `tasks.cluster.Cluster`."""
         await self._change("rollback", Track.stable, lambda old: policy.rollback(old, version, replicas))
 
+    async def remember(self, memory: Memory) -> bool:
+        """Keep the next revision of the memory; False where another was kept since."""
+        await self._change(None, "memory", lambda old: policy.remember(old, memory))
+        return self.desired.memory == memory
+
     def readiness(self, track: Track) -> Readiness:
         """Whether the track is as desired.
 
@@ -234,7 +240,7 @@ class Node:
             if before is None or before.version != wanted.version:
                 self.ledger.begin(track, wanted.version, self._clock())
         self.desired = new
-        self.router.set(new.weights, new.mirror, self._deadline(new))
+        self.router.set(new.weights, new.mirror, self._deadline(new), _salt(new))
 
     def _deadline(self, desired: Desired) -> float | None:
         if desired.lease_expires_at is None:
@@ -294,6 +300,12 @@ class Node:
                 await asyncio.to_thread(self._store.prune_logs)
             except OSError as error:
                 log.warning("logs were not bounded: %s", error)
+
+
+def _salt(desired: Desired) -> str:
+    """Users are dealt anew for every version that is tried."""
+    canary = desired.tracks.get(Track.canary)
+    return canary.version if canary else ""
 
 
 def _describe(desired: Desired) -> str:

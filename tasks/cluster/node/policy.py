@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import ConfigError, SafetyError
 from tasks.cluster import Track
+from tasks.cluster.memory import Memory
 from tasks.cluster.node.state import Desired, DesiredTrack
 
 _SUM_TOLERANCE = 1e-6
@@ -76,6 +77,13 @@ def to_stable(old: Desired) -> Desired:
     return _with(old, weights=weights, mirror={}, lease_expires_at=None)
 
 
+def retreat(old: Desired) -> Desired:
+    """All traffic where no unjudged version answers: on stable, or where it is if `previous` answers everybody."""
+    if old.weights.get(Track.previous) == 1.0:
+        return _with(old, mirror={}, lease_expires_at=None)
+    return to_stable(old)
+
+
 def give_back(old: Desired, track: Track) -> Desired:
     """Hand the share of `track` to stable and stop copies to it."""
     if not old.weights.get(track) and not old.mirror.get(track):
@@ -128,10 +136,17 @@ def remove(old: Desired, track: Track) -> Desired:
 
 
 def rollback(old: Desired, version: str, replicas: int) -> Desired:
-    """All traffic on stable with `version`, replicas started side by side, every other track removed."""
-    new = deploy(old, Track.stable, version, replicas)
+    """Stable with `version`, replicas started side by side; every other track is removed, less one that answers
+    everybody meanwhile."""
+    new = retreat(deploy(old, Track.stable, version, replicas))
+    tracks = {track: wanted for track, wanted in new.tracks.items() if new.weights.get(track)}
     stable = new.tracks[Track.stable].model_copy(update={"fast": True})
-    return to_stable(_with(new, tracks={Track.stable: stable}))
+    return _with(new, tracks={**tracks, Track.stable: stable})
+
+
+def remember(old: Desired, memory: Memory) -> Desired:
+    """Replace the memory by its next revision; another one was made from an older state and changes nothing."""
+    return _with(old, memory=memory) if memory.revision == old.memory.revision + 1 else old
 
 
 def room(desired: Desired, running: int, cores: int, free_bytes: int, largest_bytes: int) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from tasks.cluster import Track
+from tasks.cluster.sticky import track_of
 
 # Fractional parts of n x an irrational number fill [0, 1) more evenly than chance does (Weyl; the golden ratio is the
 # most even of all, Knuth, TAOCP 3, section 6.4): of any 1,000 requests a weight of 5 % gets 50, give or take 2. Unlike
@@ -24,10 +25,13 @@ class Router:
         self._point = 0.0
         self._mirror_point = 0.0
         self._bounds: tuple[tuple[float, Track], ...] = ()
+        self._salt = ""
 
-    def set(self, weights: Mapping[Track, float], mirror: Mapping[Track, float], deadline: float | None) -> None:
-        """Use these from now on; `deadline` is the lease's end on the monotonic clock."""
-        self.weights, self.mirror = weights, mirror
+    def set(
+        self, weights: Mapping[Track, float], mirror: Mapping[Track, float], deadline: float | None, salt: str = ""
+    ) -> None:
+        """Use these from now on; `deadline` is the lease's end on the monotonic clock, `salt` deals users to tracks."""
+        self.weights, self.mirror, self._salt = weights, mirror, salt
         self._deadline = math.inf if deadline is None else deadline
         total, bounds = 0.0, []
         for track, weight in weights.items():
@@ -35,10 +39,17 @@ class Router:
             bounds.append((total, track))
         self._bounds = tuple(bounds)
 
-    def choose(self, now: float) -> Track:
-        """The track for the next request; `now` on the monotonic clock."""
+    @property
+    def main(self) -> Track:
+        """The track that answers everybody, or stable where several share."""
+        return next(iter(self.weights)) if len(self.weights) == 1 else Track.stable
+
+    def choose(self, now: float, user: str | None = None) -> Track:
+        """The track for the next request; `now` on the monotonic clock. A user who is named stays on one track."""
         if not self._bounds or now >= self._deadline:
             return Track.stable
+        if user:
+            return track_of(user, self._salt, self.weights)
         self._point = (self._point + _GOLDEN) % 1.0
         for bound, track in self._bounds:
             if self._point < bound:

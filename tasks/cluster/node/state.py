@@ -10,8 +10,8 @@ from pydantic import Field
 from configs.base import Probability
 from ml.results import Record
 from tasks.cluster import Track
+from tasks.cluster.memory import Memory, VersionText
 
-VersionText = Annotated[str, Field(pattern=r"^v\d{1,6}\.\d{1,6}\.\d{1,6}$")]
 ReplicaCount = Annotated[int, Field(ge=1, le=64)]
 # A lease is a dead man's switch: one that lasts for hours would guard nobody.
 LeaseSeconds = Annotated[float, Field(gt=0, le=3600)]
@@ -40,6 +40,7 @@ class Desired(Record):
     mirror: dict[Track, Probability] = Field(default_factory=dict)
     lease_expires_at: datetime | None = None
     lease_lost_at: datetime | None = None
+    memory: Memory = Memory()
 
 
 class ReplicaRecord(Record):
